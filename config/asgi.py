@@ -1,0 +1,56 @@
+"""One ASGI application, two planes: what applications call is Channels consumers, the rest is Django."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+
+from channels.routing import ProtocolTypeRouter, URLRouter
+from django.core.asgi import get_asgi_application
+
+django_application = get_asgi_application()
+
+from proxy.consumers.operations import live, metrics, ready
+from proxy.endpoints import http_routes, websocket_routes
+from proxy.gateway import GATEWAY
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+routes = ProtocolTypeRouter(
+    {
+        "http": URLRouter([*http_routes(GATEWAY, django_application)]),
+        "websocket": URLRouter([*websocket_routes(GATEWAY)]),
+    }
+)
+OPERATIONS = {"/livez": live, "/readyz": ready, "/metrics": metrics}
+
+
+async def application(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+    """What is asked about the process itself is answered before any routing, so that nothing can delay it."""
+    if scope["type"] == "lifespan":
+        await lifespan(receive, send)
+    elif scope["type"] == "http" and (answer := OPERATIONS.get(scope["path"].rstrip("/"))) is not None:
+        await answer(GATEWAY, scope, send)
+    else:
+        await routes(scope, receive, send)
+
+
+async def lifespan(receive: Receive, send: Send) -> None:
+    """Build the snapshot, then accept; on the way out, close what was opened."""
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            try:
+                await GATEWAY.start()
+            except Exception as error:
+                await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+                return
+            await send({"type": "lifespan.startup.complete"})
+        else:
+            await GATEWAY.stop()
+            await send({"type": "lifespan.shutdown.complete"})
+            return

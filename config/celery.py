@@ -1,0 +1,48 @@
+"""Celery: beat ticks, workers do. What is due is a column in the database, so a lost or doubled message does no harm."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from celery import Celery
+from celery.signals import beat_init, setup_logging, worker_init, worker_process_init
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+
+app = Celery("penstock")
+app.config_from_object("django.conf:settings", namespace="CELERY")
+app.autodiscover_tasks()
+
+
+@setup_logging.connect
+def keep_our_logging(**kwargs: Any) -> None:
+    """Celery would set up logging of its own; ours is in settings and redacts."""
+
+
+@worker_init.connect
+@beat_init.connect
+def refuse_wrong_key(**kwargs: Any) -> None:
+    """A wrong setting or encryption key ends the process with one line, before anything is done."""
+    from django.conf import settings
+
+    from config.env import refuse_wrong_settings
+    from providers import keyring
+
+    refuse_wrong_settings(list(settings.SETTINGS_PROBLEMS))
+    if not settings.REDIS_URL:
+        settings.DATA_DIR.joinpath("queue").mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        keyring.load()
+    except keyring.WrongEncryptionKey as error:
+        print(f"penstock: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@worker_process_init.connect
+def open_keyring(**kwargs: Any) -> None:
+    """Pool processes are forked or fresh; either way the keyring must be there."""
+    from providers import keyring
+
+    keyring.load()

@@ -1,0 +1,103 @@
+"""What the server allows a connection, the one exchange that runs on it, and the WebSocket it may become."""
+
+import asyncio
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from config.http_head import error_body, error_headers
+
+if TYPE_CHECKING:
+    from config.server import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Deadlines in seconds and sizes in bytes. A deadline is met at most ``sweep_seconds`` late."""
+
+    head_seconds: float = (
+        10.0  # A fresh connection's first head from accept; a later one from its first byte.
+    )
+    head_bytes: int = 64 * 1024
+    body_seconds: float = 30.0
+    idle_seconds: float = 75.0  # Longer than clients keep idle connections, so that it is they who close.
+    write_seconds: float = 60.0  # Without the reader taking a byte while it is what we wait for.
+    linger_seconds: float = 2.0  # For the answer to arrive before unread bytes reset the connection.
+    sweep_seconds: float = 1.0
+    grace_seconds: float = 2.0  # Still accepting after the signal, until balancers have seen readiness go.
+    drain_seconds: float = 30.0  # From the signal until running streams are interrupted.
+    interrupt_seconds: float = 3.0  # For interrupted streams to say so and end.
+
+
+class Exchange(RequestResponseCycle):
+    """One request and its response. An answer given before the body was read closes the connection."""
+
+    _keep_alive = False
+
+    @property
+    def keep_alive(self) -> bool:
+        """Read by uvicorn when the response starts (for the header) and when it ends."""
+        if self._keep_alive and (self.more_body or self.body):
+            self._keep_alive = False
+        return self._keep_alive
+
+    @keep_alive.setter
+    def keep_alive(self, value: bool) -> None:
+        self._keep_alive = value
+
+    def disconnect(self) -> None:
+        """Tell the application that nobody listens any more; what it still sends is dropped."""
+        if not self.response_complete:
+            self.disconnected = True
+        self.waiting_for_100_continue = False
+        self.message_event.set()
+
+    async def send_500_response(self) -> None:
+        """The answer when the application raised before it answered."""
+        request_id = uuid.uuid4().hex
+        body = error_body(
+            "The server failed to answer this request.",
+            kind="server_error",
+            code="internal_error",
+            request_id=request_id,
+        )
+        headers = error_headers(body, request_id=request_id)
+        await self.send({"type": "http.response.start", "status": 500, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket connection, ended by the same sweep when its reader takes nothing any more."""
+
+    config: "Config"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._since = 0.0
+        self._unsent = 0
+
+    def expire(self, now: float) -> None:
+        """See ``HttpProtocol.expire``; who reads but does not speak is found by uvicorn's pings."""
+        if self.writable.is_set() and not self.transport.is_closing():
+            self._since = 0.0
+        elif self._since == 0.0:
+            self._since, self._unsent = now, self.transport.get_write_buffer_size()
+        else:
+            self._unsent, self._since = expire_writes(
+                self.transport, self._unsent, self._since, now, self.config.limits
+            )
+
+
+def expire_writes(
+    transport: asyncio.Transport, unsent: int, since: float, now: float, limits: Limits
+) -> tuple[int, float]:
+    """Abort a transport whose peer took no byte for too long; answer the bytes still unsent, and since when."""
+    left = transport.get_write_buffer_size()
+    if left != unsent:
+        return left, now
+    if now - since >= limits.write_seconds:
+        transport.abort()
+    return unsent, since

@@ -1,0 +1,166 @@
+"""Sealing: AES-256-GCM under a random data key of a keyring, the keyring wrapped by a key from the environment.
+
+Layers, from the outside in:
+
+* `PENSTOCK_ENCRYPTION_KEY` (32 random bytes or more) is stretched by PBKDF2-HMAC-SHA256 with a stored random salt;
+* the result wraps the keyring, a JSON object of random data keys by random id, as a whole;
+* a data key seals one value, with what the value belongs to as associated data, so that a ciphertext copied to another
+  row, or met by a changed base URL, does not open.
+
+A sealed value is the text `v1.<key id>.<base64url of nonce + ciphertext + tag>`. Nothing here is cached but the
+keyring itself; an opened value lives as long as the call that needed it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from providers.errors import CredentialUnavailable, KeyringUnavailable
+
+ROUNDS = 600_000
+DOTS = "••••"
+CANARY = "penstock canary"
+CANARY_AAD = b"providers.keyring|canary"
+WRAP_AAD = b"providers.keyring|wrapped"
+
+
+class Secret:
+    """A secret that prints as dots wherever it is printed. `reveal()` is for the one line that uses it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return DOTS
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return DOTS
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and hmac.compare_digest(self._value.encode(), other._value.encode())
+
+    __hash__ = None  # type: ignore[assignment]  # a secret is never a key of anything
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a secret is not pickled")
+
+
+def aad_for(model: str, field: str, uid: str, origin: str = "") -> bytes:
+    """Associated data: what a sealed value belongs to, and the origin it may be sent to."""
+    return f"{model}|{field}|{uid}|{origin}".encode()
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Keyring:
+    """The unwrapped data keys, by id; new values are sealed under `primary`."""
+
+    primary: str
+    keys: Mapping[str, bytes]
+
+    @classmethod
+    def fresh(cls) -> Keyring:
+        return cls.with_new_key({})
+
+    @classmethod
+    def with_new_key(cls, keys: Mapping[str, bytes]) -> Keyring:
+        kid = secrets.token_hex(4)
+        return cls(kid, {**keys, kid: secrets.token_bytes(32)})
+
+    def without(self, kid: str) -> Keyring:
+        return Keyring(self.primary, {each: key for each, key in self.keys.items() if each != kid})
+
+    def seal(self, plaintext: str, *, aad: bytes) -> str:
+        nonce = secrets.token_bytes(12)
+        sealed = AESGCM(self.keys[self.primary]).encrypt(nonce, plaintext.encode(), aad)
+        return f"v1.{self.primary}.{_b64(nonce + sealed)}"
+
+    def open(self, sealed: str, *, aad: bytes) -> Secret:
+        """The value; CredentialUnavailable when the key is gone, or anything about it was changed."""
+        version, _, rest = sealed.partition(".")
+        kid, _, blob = rest.partition(".")
+        key = self.keys.get(kid)
+        if version != "v1" or key is None:
+            raise CredentialUnavailable(detail="sealed under a key that is not in the keyring")
+        try:
+            data = _unb64(blob)
+            return Secret(AESGCM(key).decrypt(data[:12], data[12:], aad).decode())
+        except (InvalidTag, ValueError, binascii.Error) as error:
+            raise CredentialUnavailable(detail="the sealed value was changed or belongs elsewhere") from error
+
+    def fingerprint(self, plaintext: str) -> str:
+        """A keyed hash that says "the same secret" and nothing else; keyed by the oldest key, so it stays comparable."""
+        oldest = next(iter(self.keys.values()))
+        return hmac.new(oldest, b"fingerprint|" + plaintext.encode(), hashlib.sha256).hexdigest()[:24]
+
+
+@dataclass(frozen=True, slots=True)
+class Wrap:
+    """A keyring sealed under one encryption key, as it is stored (base64url)."""
+
+    salt: str
+    rounds: int
+    blob: str
+
+
+def wrap(keyring: Keyring, encryption_key: bytes, *, rounds: int = ROUNDS) -> Wrap:
+    salt, nonce = secrets.token_bytes(16), secrets.token_bytes(12)
+    text = json.dumps({"primary": keyring.primary, "keys": {kid: _b64(key) for kid, key in keyring.keys.items()}})
+    blob = AESGCM(_stretch(encryption_key, salt, rounds)).encrypt(nonce, text.encode(), WRAP_AAD)
+    return Wrap(_b64(salt), rounds, _b64(nonce + blob))
+
+
+def unwrap(stored: Wrap, encryption_key: bytes) -> Keyring | None:
+    """The keyring, or None when this encryption key is not the one that wrapped it."""
+    try:
+        data = _unb64(stored.blob)
+        key = _stretch(encryption_key, _unb64(stored.salt), stored.rounds)
+        content = json.loads(AESGCM(key).decrypt(data[:12], data[12:], WRAP_AAD))
+        return Keyring(content["primary"], {kid: _unb64(text) for kid, text in content["keys"].items()})
+    except (InvalidTag, ValueError, KeyError, binascii.Error):
+        return None
+
+
+_keyring: Keyring | None = None
+
+
+def install(keyring: Keyring | None) -> None:
+    """Make `keyring` the one this process uses (None: none)."""
+    global _keyring
+    _keyring = keyring
+
+
+def current_keyring() -> Keyring:
+    """The process's keyring; KeyringUnavailable before one was loaded."""
+    if _keyring is None:
+        raise KeyringUnavailable(detail="no keyring was loaded")
+    return _keyring
+
+
+def _stretch(encryption_key: bytes, salt: bytes, rounds: int) -> bytes:
+    return hashlib.pbkdf2_hmac("sha256", encryption_key, salt, rounds, 32)
+
+
+def _b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode()
+
+
+def _unb64(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text)

@@ -1,0 +1,103 @@
+"""Writing the keys of providers: sealing, masking, and what happens to them when a provider moves."""
+
+from __future__ import annotations
+
+import re
+
+from django.core.exceptions import ValidationError
+
+from providers import crypto, keyring
+from providers.crypto import Secret
+from providers.models import ApiKey, Provider
+from providers.wire import origin_of
+
+ACCEPTED = re.compile(r"[\x21-\x7e]{1,4096}")
+MASKED = re.compile(r"^(?:\*{2,}|•{2,}|…|\.{3}).{0,8}$")
+REFERENCE = re.compile(r"^(env|file)://.+$")
+LATER = re.compile(r"^(vault|op)://.+$")
+DEFAULT_NAME = "default"
+
+
+def check_value(value: str) -> None:
+    """A key is printable ASCII without spaces; masked text, as forms and APIs show it, is never taken for a key."""
+    if LATER.match(value):
+        raise ValidationError("This kind of reference is not available yet; use env://NAME or file:///path.")
+    if MASKED.match(value):
+        raise ValidationError("This is the masked form of a key. Leave it out to keep the stored key.")
+    if not ACCEPTED.fullmatch(value):
+        raise ValidationError("A key is 1 to 4096 printable characters without spaces.")
+
+
+def store(key: ApiKey, value: str) -> None:
+    """Put a new secret, or a reference to one, into `key`, sealed for its provider's origin. Does not save.
+
+    Raises ValidationError when the value cannot be a key.
+    """
+    check_value(value)
+    ring = keyring.current()
+    key.secret = ring.seal(value, aad=_aad(key, key.provider))
+    key.fingerprint = ring.fingerprint(value)
+    key.reference = value if REFERENCE.match(value) else ""
+    # Four characters of a short key would be most of it.
+    key.last4 = value[-4:] if not key.reference and len(value) >= 12 else ""
+
+
+def opened(key: ApiKey) -> Secret:
+    """The sealed content of `key`: a secret or a reference. Raises CredentialUnavailable."""
+    credential = key.credential()
+    return keyring.current().open(credential.stored, aad=_aad(key, key.provider))
+
+
+def write_default(provider: Provider, value: str, *, created_by: str = "") -> ApiKey:
+    """Store `value` as the provider's default key, made now if it has none; a vendor's first key enables it."""
+    key = provider.keys.filter(is_default=True).first() or ApiKey(
+        provider=provider, name=_free_name(provider), is_default=True, created_by=created_by
+    )
+    key.provider = provider
+    key.enabled = True
+    store(key, value)
+    key.full_clean(validate_constraints=False)
+    key.save()
+    return key
+
+
+def add(key: ApiKey, value: str) -> None:
+    """Save a new key with its secret; the first key of a provider becomes its default and enables a vendor."""
+    provider = key.provider
+    first = not provider.keys.exists()
+    key.is_default = key.is_default or first
+    if key.is_default:
+        clear_default(provider, but=key)
+    store(key, value)
+    key.save()
+    if first and not provider.enabled and not provider.self_hosted:
+        provider.enabled = True
+        provider.save()
+
+
+def clear_default(provider: Provider, *, but: ApiKey) -> None:
+    """Take the default mark from the provider's other keys."""
+    for other in provider.keys.filter(is_default=True).exclude(pk=but.pk):
+        other.is_default = False
+        other.save()
+
+
+def moves(provider: Provider, base_url: str) -> bool:
+    """Whether `base_url` would send the provider's stored keys to another scheme, host or port."""
+    return origin_of(base_url) != provider.origin and provider.keys.exists()
+
+
+def disable_left_behind(provider: Provider, *, but: ApiKey) -> None:
+    """After a move, keys that did not come along are for another address: they stay, disabled, until entered again."""
+    for other in provider.keys.filter(enabled=True).exclude(pk=but.pk):
+        other.enabled = False
+        other.save()
+
+
+def _free_name(provider: Provider) -> str:
+    taken = set(provider.keys.values_list("name", flat=True))
+    return next(name for name in (DEFAULT_NAME, *(f"{DEFAULT_NAME} {n}" for n in range(2, 1000))) if name not in taken)
+
+
+def _aad(key: ApiKey, provider: Provider) -> bytes:
+    return crypto.aad_for("providers.apikey", "secret", str(key.uid), provider.origin)

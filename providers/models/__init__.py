@@ -1,0 +1,21 @@
+from providers.models.active import ActiveProvider, ActiveTarget, Purpose
+from providers.models.health import HealthCheck, JobRun, KeyUse, ProviderHealth, Status, Verdict
+from providers.models.keyring import Keyring
+from providers.models.provider import ApiKey, Provider, Server, UpstreamModel
+
+__all__ = [
+    "ActiveProvider",
+    "ActiveTarget",
+    "ApiKey",
+    "HealthCheck",
+    "JobRun",
+    "KeyUse",
+    "Keyring",
+    "Provider",
+    "ProviderHealth",
+    "Purpose",
+    "Server",
+    "Status",
+    "UpstreamModel",
+    "Verdict",
+]

@@ -1,0 +1,373 @@
+"""The one door to the providers, and the only one to their secrets.
+
+`stream` is the data plane's: it hands out a `Reply` as soon as the head of the answer is there. `ask` is the control plane's:
+it hands out a whole, bounded `Answer`. Both check the destination and the custom headers again, open the secret in memory for
+this one call, follow no redirect, take no compressed answer, and turn every foreign exception into `providers.errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+from collections.abc import Mapping
+from typing import Any, Protocol
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+import httpx
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from providers import adapters, errors, sse
+from providers.client import Dial, Sessions, control_plane_client
+from providers.crypto import DOTS, Secret
+from providers.destination import Policy, SocketAddress
+from providers.own_addresses import OwnAddresses
+from providers.secret_stores import store_of
+from providers.secret_stores.sealed import open_sealed
+from providers.wire import Answer, Credential, Endpoint, Kind, WireRequest, origin_of
+
+MAX_ANSWER_BYTES = 4 * 1024 * 1024
+MAX_ERROR_BYTES = 65_536
+ECHO_PAUSE = 0.02
+"""Seconds between the words of a local answer, so that one can see it stream."""
+
+logger = logging.getLogger(__name__)
+_own_addresses = OwnAddresses()
+
+
+class Reply(Protocol):
+    """The head of an answer, and its body as it arrives. Whoever has it closes it."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Case-insensitive."""
+        ...
+
+    async def read(self) -> bytes:
+        """Some bytes, as soon as there are any; `b""` at the clean end. Raises Interrupted when the connection breaks."""
+        ...
+
+    def close(self) -> None:
+        """Idempotent and immediate: the connection is dropped unless the body was read to its end."""
+        ...
+
+
+class HttpReply:
+    """A reply that comes over the network. With a `secret`, the body is an error's, and is cleaned of it."""
+
+    __slots__ = ("_cut_off", "_response", "_secret", "headers", "status")
+
+    def __init__(self, response: aiohttp.ClientResponse, secret: Secret | None) -> None:
+        self._response = response
+        self._secret = secret
+        self._cut_off = False
+        self.status = response.status
+        self.headers: Mapping[str, str] = response.headers
+
+    async def read(self) -> bytes:
+        if self._secret is not None:
+            return await self._read_error()
+        return b"" if self._cut_off else await self._some()
+
+    async def _some(self) -> bytes:
+        try:
+            return await self._response.content.readany()
+        except (aiohttp.ClientError, OSError) as error:
+            raise errors.Interrupted(detail=_words(error)) from error
+
+    async def _read_error(self) -> bytes:
+        """All of an error's text that anybody needs, at once: cut into pieces the secret could slip through a seam."""
+        body = bytearray()
+        while len(body) < MAX_ERROR_BYTES and (part := await self._some()):
+            body += part
+        if len(body) >= MAX_ERROR_BYTES:
+            self._cut_off = True
+            self._response.close()
+        secret, self._secret = self._secret, None
+        return redact(bytes(body), secret)[:MAX_ERROR_BYTES]
+
+    def close(self) -> None:
+        self._secret = None
+        self._response.close()
+
+
+class LocalReply:
+    """A reply from inside this process, handed out event by event."""
+
+    def __init__(self, answer: Answer, pause: float = ECHO_PAUSE) -> None:
+        self.status = answer.status
+        self.headers: Mapping[str, str] = CIMultiDictProxy(CIMultiDict(answer.headers))
+        streamed = "event-stream" in self.headers.get("Content-Type", "")
+        self._pause = pause if streamed else 0.0
+        self._parts = [event.raw for event in sse.events(answer.body)] if streamed else [answer.body]
+        self._parts.reverse()
+
+    async def read(self) -> bytes:
+        if not self._parts:
+            return b""
+        await asyncio.sleep(self._pause)
+        return self._parts.pop()
+
+    def close(self) -> None:
+        self._parts.clear()
+
+
+async def read_bounded(reply: Reply, limit: int) -> bytes:
+    """The whole body. Raises ProtocolError, and closes the reply, when it is above `limit` bytes (R30)."""
+    body = bytearray()
+    while part := await reply.read():
+        body += part
+        if len(body) > limit:
+            reply.close()
+            raise errors.ProtocolError(detail=f"the answer is above {limit} bytes")
+    return bytes(body)
+
+
+async def stream(
+    sessions: Sessions,
+    endpoint: Endpoint,
+    request: WireRequest,
+    *,
+    credential: Credential | None,
+    headers_timeout: float | None = None,
+) -> Reply:
+    """Dial, send, and wait for the head of the answer, at most `headers_timeout` seconds in all.
+
+    Judges nothing but redirects, compressed answers and what is not HTTP. Raises from `providers.errors`.
+    """
+    kind = adapters.kind(endpoint.kind)
+    if kind.local is not None:
+        return LocalReply(kind.local(request))
+    policy = await _policy(endpoint, kind, request)
+    headers, secret = await _sealed_up(endpoint, kind, request, credential)
+    try:
+        async with asyncio.timeout(headers_timeout):
+            response = await _dial(sessions, endpoint, policy, request, headers)
+    except (aiohttp.ClientError, OSError, errors.ProviderError, ssl.SSLError) as error:
+        raise mapped(error) from error
+    try:
+        _check_head(endpoint, response.status, response.headers)
+    except errors.ProviderError:
+        response.close()
+        raise
+    return HttpReply(response, secret if response.status >= 300 else None)
+
+
+async def _dial(
+    sessions: Sessions, endpoint: Endpoint, policy: Policy, request: WireRequest, headers: CIMultiDict[str]
+) -> aiohttp.ClientResponse:
+    """Once, or twice when a pooled connection turns out to be closed before one byte of an answer came (F13)."""
+    dial = Dial()
+    try:
+        return await _send(sessions.get(policy, endpoint.ca_pem), endpoint, request, headers, dial)
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+        if not dial.reused or isinstance(error, aiohttp.ClientConnectorError):
+            raise
+    return await _send(sessions.get(policy, endpoint.ca_pem, fresh=True), endpoint, request, headers, Dial())
+
+
+async def _send(
+    session: aiohttp.ClientSession,
+    endpoint: Endpoint,
+    request: WireRequest,
+    headers: CIMultiDict[str],
+    dial: Dial,
+) -> aiohttp.ClientResponse:
+    connect = endpoint.timeouts.connect
+    return await session.request(
+        request.method,
+        request.url,
+        data=request.body,
+        headers=headers,
+        allow_redirects=False,
+        # aiohttp rounds timeouts above the threshold up to whole seconds; ours are meant.
+        timeout=aiohttp.ClientTimeout(total=None, connect=connect, sock_connect=connect, ceil_threshold=1e9),
+        trace_request_ctx=dial,
+    )
+
+
+async def ask(
+    endpoint: Endpoint,
+    request: WireRequest,
+    *,
+    credential: Credential | None,
+    timeout: float,  # noqa: ASYNC109 - the caller's budget for the whole question, which is the thing itself here
+    max_bytes: int = MAX_ANSWER_BYTES,
+) -> Answer:
+    """One question and its whole answer, whatever its status, in `timeout` seconds. Raises from `providers.errors`."""
+    kind = adapters.kind(endpoint.kind)
+    if kind.local is not None:
+        return kind.local(request)
+    policy = await _policy(endpoint, kind, request)
+    headers, secret = await _sealed_up(endpoint, kind, request, credential)
+    try:
+        async with asyncio.timeout(timeout), control_plane_client(policy, endpoint.ca_pem) as client:
+            question = client.build_request(
+                request.method,
+                request.url,
+                content=request.body,
+                headers=list(headers.items()),
+                timeout=httpx.Timeout(None, connect=endpoint.timeouts.connect),
+            )
+            return await _whole_answer(client, question, secret, max_bytes)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, errors.ProviderError) as error:
+        raise mapped(error) from error
+
+
+async def _whole_answer(
+    client: httpx.AsyncClient, question: httpx.Request, secret: Secret | None, max_bytes: int
+) -> Answer:
+    response = await client.send(question, stream=True)
+    try:
+        _check_encoding(response.headers)
+        body = bytearray()
+        async for part in response.aiter_raw():
+            body += part
+            if len(body) > max_bytes:
+                raise errors.ProtocolError(detail=f"the answer is above {max_bytes} bytes")
+    finally:
+        await response.aclose()
+    return Answer(response.status_code, response.headers, redact(bytes(body), secret))
+
+
+async def open_secret(credential: Credential, *, origin: str) -> Secret:
+    """The value of a stored credential, for this call. Raises CredentialUnavailable; nothing is dialled then."""
+    secret = open_sealed(credential.stored, uid=credential.uid, origin=origin)
+    if found := store_of(secret.reveal()):
+        store, reference = found
+        secret = await store.read(reference)
+    if not _is_header_value(secret.reveal()):
+        raise errors.CredentialUnavailable(
+            detail="the value cannot be sent: it is not one line of printable ASCII"
+        )
+    return secret
+
+
+def _is_header_value(value: str) -> bool:
+    return value.isascii() and value.isprintable() and bool(value.strip())
+
+
+async def _policy(endpoint: Endpoint, kind: Kind, request: WireRequest) -> Policy:
+    """What this request may dial. It goes to the origin that its secret is bound to, or nowhere."""
+    try:
+        astray = origin_of(request.url) != endpoint.origin
+    except ValueError:
+        astray = True
+    if astray:
+        raise errors.DestinationNotAllowed(detail="the request leads to another origin than its provider")
+    own: frozenset[SocketAddress] = await _own_addresses.get()
+    return Policy(
+        allow_private=endpoint.allow_private or kind.self_hosted,
+        private_networks=_private_networks(),
+        own=own,
+        plain=urlsplit(request.url).scheme == "http",
+    )
+
+
+def _private_networks() -> tuple[Any, ...]:
+    from django.conf import settings
+
+    return tuple(settings.PRIVATE_NETWORKS)
+
+
+async def _sealed_up(
+    endpoint: Endpoint, kind: Kind, request: WireRequest, credential: Credential | None
+) -> tuple[CIMultiDict[str], Secret | None]:
+    """The headers of a request with its credential. Later ones win: custom, the adapter's, the credential's."""
+    _check_custom_headers(endpoint)
+    headers = CIMultiDict[str]()
+    for name, value in (*endpoint.headers, *request.headers):
+        headers[name] = value
+    if credential is None:
+        if kind.needs_key:
+            raise errors.CredentialUnavailable(detail="this kind of provider needs a key, and there is none")
+        return headers, None
+    secret = await open_secret(credential, origin=endpoint.origin)
+    for name, value in (request.authorize or kind.authorize)(secret.reveal()):
+        headers[name] = value
+    return headers, secret
+
+
+def _check_custom_headers(endpoint: Endpoint) -> None:
+    """Forms refuse such headers; a row may have been written past them (R27)."""
+    from providers.models.checks import MAX_HEADERS, header_problem
+
+    if len(endpoint.headers) > MAX_HEADERS:
+        raise errors.HeaderNotAllowed(detail=f"more than {MAX_HEADERS} custom headers")
+    for name, value in endpoint.headers:
+        if problem := header_problem(name, value):
+            raise errors.HeaderNotAllowed(detail=problem)
+
+
+def _check_head(endpoint: Endpoint, status: int, headers: Mapping[str, str]) -> None:
+    if 300 <= status < 400:
+        location = _without_query(headers.get("Location", ""))
+        logger.warning("upstream_redirect", extra={"provider": endpoint.slug, "location": location})
+        raise errors.UpstreamRedirect(detail=f"HTTP {status} to {location}", upstream_status=status)
+    if status < 200:
+        raise errors.ProtocolError(detail=f"HTTP {status} is no answer", upstream_status=status)
+    _check_encoding(headers)
+
+
+def _check_encoding(headers: Mapping[str, str]) -> None:
+    """We asked for no compression, and decompress nothing: 200 kB can be 200 MB (R29)."""
+    encoding = headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in {"", "identity"}:
+        raise errors.ProtocolError(detail=f"a compressed answer ({encoding[:32]}) that nobody asked for")
+
+
+def _without_query(location: str) -> str:
+    return location.partition("?")[0].partition("#")[0][:512]
+
+
+def redact(body: bytes, secret: Secret | None) -> bytes:
+    """`body` without the secret, which upstreams like to repeat in their errors (R53), plain, in JSON or in a URL."""
+    if secret is None:
+        return body
+    value = secret.reveal()
+    # Shorter ones are words like "none" that people enter for servers without keys.
+    if len(value) < 8:
+        return body
+    for form in {value, json.dumps(value)[1:-1], quote(value, safe="")}:
+        body = body.replace(form.encode(), DOTS.encode())
+    return body
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+_FOREIGN: tuple[tuple[tuple[type[BaseException], ...], type[errors.ProviderError]], ...] = (
+    ((aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError, ssl.SSLError), errors.TlsError),
+    ((TimeoutError, httpx.TimeoutException), errors.UpstreamTimeout),
+    ((aiohttp.InvalidURL, httpx.InvalidURL, httpx.UnsupportedProtocol), errors.DestinationNotAllowed),
+    ((aiohttp.ClientConnectionError, httpx.ConnectError, httpx.WriteError), errors.ConnectFailed),
+    ((aiohttp.ClientError, httpx.RemoteProtocolError, httpx.HTTPError), errors.ProtocolError),
+    ((OSError,), errors.ConnectFailed),
+)
+
+
+def mapped(error: BaseException) -> errors.ProviderError:
+    """A foreign exception, before the head of an answer was there, as one of ours."""
+    if isinstance(error, errors.ProviderError):
+        return error
+    if _tls_beneath(error):
+        return errors.TlsError(detail=_words(error))
+    ours = next((ours for foreign, ours in _FOREIGN if isinstance(error, foreign)), errors.UpstreamError)
+    return ours(detail=_words(error))
+
+
+def _tls_beneath(error: BaseException | None) -> bool:
+    """httpx tells of a failed handshake as of any failed connection; the reason is further down."""
+    for _ in range(8):
+        if error is None:
+            return False
+        if isinstance(error, ssl.SSLError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,203 @@
+"""Neutral shapes that adapters, the data plane and the control plane share. Pure: no Django, no socket, no clock.
+
+An adapter is a `Kind`: a record of pure functions for each operation. An operation that is `None` cannot be done
+with that kind of provider. Adapters turn our shapes into a `WireRequest` and bytes into our shapes; who dials, and with
+which secret, is not their business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from providers import errors
+
+Headers = tuple[tuple[str, str], ...]
+Purpose = Literal["chat", "embeddings", "reranking"]
+ProbeStatus = Literal["online", "degraded", "timeout", "unreachable", "error", "unknown"]
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def origin_of(url: str) -> str:
+    """`scheme://host:port` with the port always written out, lower case: what a secret is bound to."""
+    parts = urlsplit(url)
+    scheme = parts.scheme.lower()
+    return f"{scheme}://{(parts.hostname or '').lower()}:{parts.port or DEFAULT_PORTS.get(scheme, 0)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds. `stream` and `request` are whole-answer caps, for a streamed and a plain request."""
+
+    connect: float = 5.0
+    first_token: float = 60.0
+    idle: float = 120.0
+    stream: float = 1800.0
+    request: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A key as it is stored: sealed text or a reference (`env://NAME`), never the value itself."""
+
+    key_id: int
+    uid: str
+    name: str
+    stored: str = field(repr=False)
+    weight: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a provider is and how it may be dialled."""
+
+    provider_id: int
+    uid: str
+    slug: str
+    name: str
+    kind: str
+    base_url: str
+    headers: Headers = ()
+    allow_private: bool = False
+    ca_pem: str = ""
+    timeouts: Timeouts = Timeouts()
+
+    @property
+    def origin(self) -> str:
+        return origin_of(self.base_url)
+
+
+@dataclass(frozen=True, slots=True)
+class WireRequest:
+    """One HTTP request without its credential, which is added by the one who dials."""
+
+    method: str
+    url: str
+    headers: Headers = ()
+    body: bytes | None = None
+    authorize: Callable[[str], Headers] | None = None
+    """How this request carries the secret, where that differs from its kind's way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole HTTP answer, its body bounded by the one who dialled."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts as the provider gave them. `prompt` includes cached tokens, `completion` includes reasoning."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one event of an upstream's stream means for us.
+
+    commits: it carries content, reasoning, a tool call or a finish reason, so the answer has begun.
+    usage_only: it exists because we asked for usage, and is not passed on to a caller who did not.
+    error: the provider reports a failure inside its stream.
+    """
+
+    commits: bool = False
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    usage_only: bool = False
+    done: bool = False
+    error: errors.ProviderError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer, as far as we need to understand it."""
+
+    usage: Usage | None
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that a provider says it has. `purposes` is empty when the provider does not tell."""
+
+    id: str
+    purposes: tuple[Purpose, ...] = ()
+    context_window: int | None = None
+    dimensions: int | None = None
+    capabilities: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a probe or test saw. `status` online is a 2xx that makes sense; anything else counts as a failure."""
+
+    status: ProbeStatus
+    status_code: int | None = None
+    detail: str = ""
+    latency_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Chat completions.
+
+    request(endpoint, body, model, stream): `body` is the caller's request, already without our own fields; the
+        function never changes it. A streamed request always asks for usage.
+    marker: selects, by bytes, the events of a stream that are worth parsing once the answer has begun.
+    read_event(data): the data of one event to its meaning. Raises errors.ProtocolError when it is not the protocol.
+    read_completion(body): a whole 200 body. Raises errors.ProviderError when it is not an answer.
+    """
+
+    request: Callable[[Endpoint, Mapping[str, Any], str, bool], WireRequest]
+    marker: re.Pattern[bytes]
+    read_event: Callable[[bytes], Event]
+    read_completion: Callable[[bytes], Completion]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Discovery. parse raises errors.ProtocolError when the body is not a list of models."""
+
+    request: Callable[[Endpoint], WireRequest]
+    parse: Callable[[bytes], tuple[Model, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The cheapest question that tells whether the endpoint, or a key, is good. It never costs a completion.
+
+    Self-hosted kinds ask their native endpoint; vendors ask for what needs a valid key.
+    """
+
+    request: Callable[[Endpoint], WireRequest]
+    read: Callable[[Answer], Reading]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of provider: a table line, or a small file, of pure functions."""
+
+    name: str
+    label: str
+    self_hosted: bool
+    base_url: str
+    authorize: Callable[[str], Headers]
+    classify: Callable[[int, Mapping[str, str], bytes], errors.ProviderError]
+    chat: Chat | None = None
+    models: Models | None = None
+    probe: Probe | None = None
+    needs_key: bool = False
+    local: Callable[[WireRequest], Answer] | None = None
+    """A kind that is answered inside this process (echo), so nothing is dialled."""

@@ -1,0 +1,142 @@
+"""One attempt at one provider, as it is recorded: a start before dialling, a final on every way out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from providers.errors import Interrupted, ProviderError, Stalled
+from providers.wire import Usage
+from proxy import metrics
+from proxy.auth import Caller
+from proxy.dialects.openai import ChatRequest
+from proxy.errors import UsageLogUnavailable
+from proxy.inflight import Running
+from proxy.selection import Candidate, Plan
+from proxy.spool import Final, Spool, SpoolUnavailable, new_attempt_id
+
+BYTES_PER_TOKEN = 4
+"""A rough count where the provider gave none; such records say `estimated`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request of a caller, ready to be sent."""
+
+    request_id: str
+    caller: Caller
+    running: Running
+    purpose: str
+    chat: ChatRequest
+    body_bytes: int
+    plan: Plan
+    config_version: int
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Use as a context manager. `settle` once the outcome is known; leaving without it settles by the exception."""
+
+    call: Call
+    candidate: Candidate
+    number: int
+    spool: Spool
+    id: str = field(default_factory=new_attempt_id)
+    began: float = field(default_factory=time.monotonic)
+    ttft_ms: int | None = None
+    bytes_out: int = 0
+    events: int = 0
+    usage: Usage | None = None
+    accepted: bool = False
+    settled: bool = False
+
+    def __enter__(self) -> Self:
+        call, candidate = self.call, self.candidate
+        try:
+            self.spool.start(
+                {
+                    "id": self.id,
+                    "request_id": call.request_id,
+                    "attempt": self.number,
+                    "created_at": time.time_ns() // 1_000_000,
+                    "gateway_key_id": call.caller.id,
+                    "gateway_key": call.caller.name,
+                    "owner": call.caller.owner,
+                    "route": call.plan.route,
+                    "provider_id": candidate.upstream.id,
+                    "provider": candidate.upstream.slug,
+                    "api_key_id": candidate.credential.key_id if candidate.credential else None,
+                    "requested_model": call.plan.requested,
+                    "model": candidate.model,
+                    "purpose": call.purpose,
+                    "stream": call.chat.stream,
+                }
+            )
+        except SpoolUnavailable as error:
+            raise UsageLogUnavailable() from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.settled:
+            return
+        if error is None:
+            self.settle("success")
+        elif isinstance(error, ProviderError):
+            self.settle(_status_of(error), error_code=error.code, http_status=error.upstream_status)
+        elif isinstance(error, asyncio.CancelledError) and self.call.running.ending == "client_left":
+            self.settle("client_disconnected", client_disconnected=True)
+        elif isinstance(error, asyncio.CancelledError):
+            self.settle("interrupted", error_code=self.call.running.ending or "server_shutting_down")
+        else:
+            self.settle("error", error_code="internal_error")
+
+    def first_token(self) -> None:
+        self.ttft_ms = self.elapsed_ms()
+
+    def elapsed_ms(self) -> int:
+        return round((time.monotonic() - self.began) * 1000)
+
+    def settle(
+        self, status: str, *, error_code: str = "", http_status: int | None = None, client_disconnected: bool = False
+    ) -> None:
+        """Write the final record. Never raises and never waits: the spool keeps what the disk refuses."""
+        self.settled = True
+        usage, source = self.counted()
+        record: Final = {
+            "id": self.id,
+            "status": status,
+            "error_code": error_code,
+            "http_status": http_status,
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.completion,
+            "cached_tokens": usage.cached,
+            "cache_write_tokens": usage.cache_write,
+            "reasoning_tokens": usage.reasoning,
+            "tokens_source": source,
+            "ttft_ms": self.ttft_ms,
+            "duration_ms": self.elapsed_ms(),
+            "bytes_out": self.bytes_out,
+            "client_disconnected": client_disconnected,
+            "trace": list(self.call.plan.trace) or None,
+        }
+        self.spool.finish(record)
+        metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage)
+
+    def counted(self) -> tuple[Usage, str]:
+        """What the provider said; else an estimate, if it took the request at all (F14)."""
+        if self.usage is not None:
+            return self.usage, "provider"
+        if not self.accepted:
+            return Usage(), "none"
+        return Usage(prompt=self.call.body_bytes // BYTES_PER_TOKEN, completion=self.events), "estimated"
+
+
+def _status_of(error: ProviderError) -> str:
+    if isinstance(error, Stalled):
+        return "upstream_stalled"
+    if isinstance(error, Interrupted):
+        return "upstream_interrupted"
+    return "error"

@@ -1,0 +1,112 @@
+"""Who calls: a gateway key in a header, checked against the snapshot without any I/O."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from proxy import keys
+from proxy.errors import AddressNotAllowed, InvalidApiKey
+
+RawHeaders = Iterable[tuple[bytes, bytes]]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+BARE = (b"x-api-key", b"api-key", b"x-goog-api-key")
+CARRIERS = frozenset((b"authorization", *BARE))
+MAX_KEY = 128
+
+_ABSENT_PEPPER = secrets.token_bytes(32)
+_ABSENT_DIGEST = keys.digest("0" * 32, _ABSENT_PEPPER)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A gateway key as requests need it. Expiries are epoch seconds."""
+
+    id: int
+    key_id: str
+    name: str
+    owner: str
+    digest: str
+    pepper: int
+    previous_digest: str = ""
+    previous_pepper: int = 0
+    previous_until: float = 0.0
+    expires_at: float | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrency: int | None = None
+    allowed_models: tuple[str, ...] = ()
+    allowed_networks: tuple[Network, ...] = ()
+
+    def expired(self, now: float) -> bool:
+        return self.expires_at is not None and self.expires_at <= now
+
+
+def presented_key(headers: RawHeaders) -> str:
+    """The key a request carries, or nothing. Two different ones are as good as none."""
+    found: set[str] = set()
+    for name, value in headers:
+        if name not in CARRIERS or len(value) > MAX_KEY + 16:
+            continue
+        text = value.decode("latin-1")
+        if name == b"authorization":
+            scheme, _, text = text.partition(" ")
+            if scheme.lower() != "bearer":
+                continue
+        found.add(text)
+    return found.pop() if len(found) == 1 else ""
+
+
+def well_formed(text: str) -> bool:
+    """Whether `text` has the form and checksum of a gateway key."""
+    return len(text) <= MAX_KEY and keys.parse(text) is not None
+
+
+def authenticate(text: str, callers: Mapping[str, Caller], peppers: Mapping[int, bytes]) -> Caller:
+    """The caller whose key `text` is. InvalidApiKey for anything else.
+
+    Unknown keys are compared with a stand-in, so that time tells nothing about what exists (R14).
+    """
+    parts = keys.parse(text) if len(text) <= MAX_KEY else None
+    if parts is None:
+        raise InvalidApiKey()
+    caller = callers.get(parts.key_id)
+    now = time.time()
+    if caller is None:
+        hmac.compare_digest(keys.digest(parts.secret, _ABSENT_PEPPER), _ABSENT_DIGEST)
+        raise InvalidApiKey()
+    if not _matches(caller, parts.secret, peppers, now) or caller.expired(now):
+        raise InvalidApiKey()
+    return caller
+
+
+def _matches(caller: Caller, secret: str, peppers: Mapping[int, bytes], now: float) -> bool:
+    pepper = peppers.get(caller.pepper, _ABSENT_PEPPER)
+    if hmac.compare_digest(keys.digest(secret, pepper), caller.digest):
+        return True
+    if not caller.previous_digest or caller.previous_until <= now:
+        return False
+    pepper = peppers.get(caller.previous_pepper, _ABSENT_PEPPER)
+    return hmac.compare_digest(keys.digest(secret, pepper), caller.previous_digest)
+
+
+def check_address(caller: Caller, address: str) -> None:
+    """AddressNotAllowed when the key is bound to networks and `address` is in none of them."""
+    if caller.allowed_networks and not _inside(address, caller.allowed_networks):
+        raise AddressNotAllowed()
+
+
+@lru_cache(maxsize=4096)
+def _inside(address: str, networks: tuple[Network, ...]) -> bool:
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(ip, "ipv4_mapped", None)
+    return any((mapped or ip) in network for network in networks if network.version == (mapped or ip).version)

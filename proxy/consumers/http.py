@@ -1,0 +1,228 @@
+"""The data plane over HTTP, as Channels consumers that read `receive()` themselves.
+
+Channels awaits a handler before it reads the next message, so a stock consumer that streams does not notice that its
+caller has left. These collect the body to its limit, and then wait for the caller's leaving beside the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import structlog
+from channels.consumer import AsyncConsumer
+from django.conf import settings
+
+from audit.middleware import request_id_from
+from providers.errors import ProviderError
+from proxy import metrics, pipeline, selection
+from proxy.attempts import Attempt
+from proxy.auth import RawHeaders
+from proxy.cors import cors_headers, preflight
+from proxy.dialects import openai
+from proxy.errors import (
+    GatewayError,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    RequestTimeout,
+    RequestTooLarge,
+    UnsupportedMediaType,
+)
+from proxy.gateway import Gateway
+from proxy.inflight import Running
+
+logger = logging.getLogger(__name__)
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+JSON = (b"content-type", b"application/json")
+EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
+# Answers belong to one caller, and a proxy in front must not collect a stream before passing it on.
+ALWAYS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"), (b"x-content-type-options", b"nosniff"))
+
+
+class HttpRequest:
+    """An HTTP request for the pipeline."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self._receive = receive
+        self.headers: RawHeaders = scope["headers"]
+        self.address = (scope.get("client") or ("",))[0]
+        self.id = request_id_from(_header(self.headers, b"x-request-id"))
+        self.length = _length(self.headers)
+
+    async def body(self) -> bytes:
+        """The whole body. Raises UnsupportedMediaType, RequestTooLarge, RequestTimeout."""
+        limit = settings.MAX_REQUEST_BYTES
+        if self.length > limit:
+            raise RequestTooLarge()
+        if _header(self.headers, b"content-encoding") not in {"", "identity"}:
+            raise UnsupportedMediaType()
+        kind = _header(self.headers, b"content-type").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise UnsupportedMediaType()
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise RequestTimeout()
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                raise RequestTooLarge()
+            if not message.get("more_body"):
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @contextlib.asynccontextmanager
+    async def left(self, running: Running) -> AsyncIterator[None]:
+        """While the block runs, the caller's leaving ends it; the watching itself always ends with the block."""
+        watching = asyncio.create_task(self._watch(running))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+
+    async def _watch(self, running: Running) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        running.end("client_left")
+
+
+class HttpSink:
+    """An HTTP answer: a JSON body, or events."""
+
+    def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self._shared = (*ALWAYS, (b"x-request-id", request_id.encode()), *cors_headers(scope))
+        self._streams = False
+        self.begun = False
+
+    async def begin(self, attempt: Attempt) -> None:
+        self._streams = attempt.call.chat.stream
+        headers = [
+            EVENT_STREAM if self._streams else JSON,
+            (b"x-penstock-provider", attempt.candidate.upstream.slug.encode()),
+            (b"x-penstock-model", header_text(attempt.candidate.model)),
+            (b"x-penstock-attempts", str(attempt.number).encode()),
+            (b"x-penstock-config", str(attempt.call.config_version).encode()),
+            (b"x-penstock-route", header_text(attempt.call.plan.route)),
+        ]
+        await self._start(200, headers)
+
+    async def send(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data})
+
+    async def answer(self, body: bytes, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        await self._start(status, [JSON, (b"content-length", str(len(body)).encode()), *headers])
+        await self.end(body)
+
+    async def fail(self, error: GatewayError | ProviderError) -> None:
+        """Tell what went wrong: as a status while nothing was sent, else as the stream's one and last error event."""
+        if self.begun and self._streams:
+            event = openai.error_event(error.status, error.code, error.text, self._request_id)
+            await self._send({"type": "http.response.body", "body": event, "more_body": False, "close": True})
+            return
+        metrics.REFUSED.labels(error.code).inc()
+        body = openai.error(error.status, error.code, error.text, self._request_id, error.param)
+        await self.answer(body, error.status, (*retry_after(error), *getattr(error, "headers", ())))
+
+    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.begun = True
+        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self._shared]})
+
+
+class DataPlaneConsumer(AsyncConsumer):
+    """One request from beginning to end; `serve` is what a path does."""
+
+    gateway: Gateway
+    method = "POST"
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = HttpRequest(scope, receive)
+        sink = HttpSink(scope, send, request.id)
+        if scope["method"] == "OPTIONS":
+            await sink.answer(b"", 204, preflight(scope))
+            return
+        try:
+            if scope["method"] not in {self.method, "HEAD" if self.method == "GET" else ""}:
+                raise MethodNotAllowed()
+            await self.serve(scope, request, sink)
+        except (GatewayError, ProviderError) as error:
+            await sink.fail(error)
+        except Exception:
+            with structlog.contextvars.bound_contextvars(request_id=request.id):
+                logger.exception("a request failed inside the gateway")
+            await sink.fail(GatewayError())
+
+    async def serve(self, scope: Scope, request: HttpRequest, sink: HttpSink) -> None:
+        raise NotFound()
+
+
+class ChatConsumer(DataPlaneConsumer):
+    """POST /v1/chat/completions"""
+
+    async def serve(self, scope: Scope, request: HttpRequest, sink: HttpSink) -> None:
+        await pipeline.chat(self.gateway, request, sink)
+
+
+class ModelsConsumer(DataPlaneConsumer):
+    """GET /v1/models and /v1/models/{id}: what this key may call, from memory."""
+
+    method = "GET"
+
+    async def serve(self, scope: Scope, request: HttpRequest, sink: HttpSink) -> None:
+        caller = pipeline.admit(self.gateway, request)
+        snapshot = self.gateway.watcher.snapshot
+        visible = selection.visible_models(snapshot, caller)
+        wanted = scope["url_route"]["kwargs"].get("model_id", "").rstrip("/")
+        if not wanted:
+            await sink.answer(openai.model_list(openai.model(name, owner) for name, owner in visible))
+            return
+        owner = next((owner for name, owner in visible if name == wanted), None)
+        if owner is None:
+            raise ModelNotFound(f"There is no model {wanted[:128]} for this key.", param="model")
+        await sink.answer(openai.dumps(openai.model(wanted, owner)))
+
+
+class NothingConsumer(DataPlaneConsumer):
+    """Every other path of the data plane, for a caller with a key."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = HttpRequest(scope, receive)
+        await HttpSink(scope, send, request.id).fail(NotFound())
+
+
+def header_text(text: str) -> bytes:
+    """`text` fit for a header: printable ASCII, bounded."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text[:256]).encode()
+
+
+def retry_after(error: GatewayError | ProviderError) -> tuple[tuple[bytes, bytes], ...]:
+    """`Retry-After` in whole seconds, rounded up; 503s always have one."""
+    seconds = error.retry_after if error.retry_after is not None else (5 if error.status == 503 else None)
+    return () if seconds is None else ((b"retry-after", str(max(1, int(-(-seconds // 1)))).encode()),)
+
+
+def _header(headers: RawHeaders, name: bytes) -> str:
+    return next((value.decode("latin-1") for key, value in headers if key == name), "")
+
+
+def _length(headers: RawHeaders) -> int:
+    text = _header(headers, b"content-length")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0

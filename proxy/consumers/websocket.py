@@ -1,0 +1,277 @@
+"""Chat over a WebSocket: many requests on one socket, each with the caller's id (contract, section 2.1)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import orjson
+from channels.consumer import AsyncConsumer
+
+from audit.middleware import request_id_from
+from audit.strict_json import StrictJSONError, loads
+from providers import sse
+from providers.errors import ProviderError
+from proxy import auth, pipeline
+from proxy.attempts import Attempt
+from proxy.consumers.http import JSON, Receive, Scope, Send
+from proxy.dialects import openai
+from proxy.errors import GatewayError, InvalidRequest, KeyRevoked
+from proxy.gateway import Gateway
+from proxy.inflight import Running
+
+PROTOCOL = "penstock.v1"
+KEY_PROTOCOL = "penstock.key."
+ID = re.compile(r"[\x21-\x7e]{1,64}")
+MAX_REQUESTS = 64
+"""Requests that may run at the same time on one socket."""
+
+CLOSE_REVOKED, CLOSE_SHUTDOWN, CLOSE_TOO_BIG = 4401, 1012, 1009
+MAX_FRAME = 1024 * 1024
+
+
+class Socket:
+    """One connection: its frames out, in order, and whether it is still open."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.open = True
+
+    async def frame(self, **content: Any) -> None:
+        if self.open:
+            await self._send({"type": "websocket.send", "text": orjson.dumps(content).decode()})
+
+    async def close(self, code: int) -> None:
+        if self.open:
+            self.open = False
+            await self._send({"type": "websocket.close", "code": code})
+
+
+class FrameSink:
+    """An answer as frames: a chunk for each event, then `done` with the usage."""
+
+    def __init__(self, socket: Socket, id: str) -> None:
+        self._socket = socket
+        self._id = id
+        self.attempt: Attempt | None = None
+        self.begun = False
+
+    async def begin(self, attempt: Attempt) -> None:
+        self.begun, self.attempt = True, attempt
+
+    async def send(self, data: bytes) -> None:
+        for event in sse.events(data):
+            if event.data and event.data.strip() != b"[DONE]":
+                await self._socket.frame(id=self._id, type="chunk", data=orjson.loads(event.data))
+
+    async def end(self, data: bytes) -> None:
+        await self.send(data)
+        await self._socket.frame(id=self._id, type="done", usage=usage_of(self.attempt))
+
+    async def fail(self, error: GatewayError | ProviderError, request_id: str) -> None:
+        body = orjson.loads(openai.error(error.status, error.code, error.text, request_id, error.param))
+        await self._socket.frame(id=self._id, type="error", **body)
+
+
+class FrameRequest:
+    """One frame as a request for the pipeline; the socket it came on carries the key."""
+
+    def __init__(self, scope: Scope, headers: auth.RawHeaders, body: bytes) -> None:
+        self._body = body
+        self.headers = headers
+        self.address = (scope.get("client") or ("",))[0]
+        self.id = request_id_from(None)
+        self.length = len(body)
+        self.running: Running | None = None
+
+    async def body(self) -> bytes:
+        return self._body
+
+    @contextlib.asynccontextmanager
+    async def left(self, running: Running) -> AsyncIterator[None]:
+        """The socket itself notices when its caller leaves, and ends all its requests."""
+        self.running = running
+        yield
+
+
+class ChatSocket(AsyncConsumer):
+    """/ws/chat"""
+
+    gateway: Gateway
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (await receive())["type"] != "websocket.connect":
+            return
+        headers = with_offered_key(scope)
+        try:
+            if b"pen_" in scope.get("query_string", b""):
+                raise InvalidRequest("A key never goes into the address.")
+            caller = pipeline.admit(self.gateway, _Opening(scope, headers))
+        except GatewayError as error:
+            await refuse(send, error)
+            return
+        offered = scope.get("subprotocols") or []
+        await send({"type": "websocket.accept", "subprotocol": PROTOCOL if PROTOCOL in offered else None})
+        await Conversation(self.gateway, scope, headers, caller, Socket(send)).run(receive)
+
+
+class Conversation:
+    """The life of an accepted socket: frames in, tasks, frames out."""
+
+    def __init__(
+        self, gateway: Gateway, scope: Scope, headers: auth.RawHeaders, caller: auth.Caller, socket: Socket
+    ) -> None:
+        self._gateway = gateway
+        self._scope = scope
+        self._headers = headers
+        self._caller = caller
+        self._socket = socket
+        self._requests: dict[str, tuple[asyncio.Task[None], FrameRequest, FrameSink]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def run(self, receive: Receive) -> None:
+        listener = self._gateway.registry.listen(self._caller, self._end)
+        try:
+            while (message := await receive())["type"] == "websocket.receive":
+                await self._take(message)
+        finally:
+            self._gateway.registry.unlisten(listener)
+            self._socket.open = False
+            await self._end_all()
+
+    async def _take(self, message: dict[str, Any]) -> None:
+        text = message.get("text")
+        body = text.encode("utf-8", "surrogatepass") if text is not None else message.get("bytes") or b""
+        if len(body) > MAX_FRAME:
+            await self._socket.close(CLOSE_TOO_BIG)
+            return
+        try:
+            frame = loads(body)
+            if not isinstance(frame, dict):
+                raise StrictJSONError("A frame is a JSON object.")
+        except StrictJSONError as error:
+            await self._complain(None, "invalid_json", str(error))
+            return
+        id, kind = frame.pop("id", None), frame.pop("type", None)
+        if not isinstance(id, str) or not ID.fullmatch(id):
+            await self._complain(None, "invalid_request", "id is a text of 1 to 64 printable characters.")
+        elif kind == "cancel":
+            await self._cancel(id)
+        elif kind is not None:
+            await self._complain(id, "invalid_request", "type is absent, or cancel.")
+        elif id in self._requests:
+            await self._complain(id, "invalid_request", "A request with this id is running.")
+        elif len(self._requests) >= MAX_REQUESTS:
+            await self._complain(id, "concurrency_limit_exceeded", "Too many requests run on this socket.", 429)
+        else:
+            self._begin(id, frame)
+
+    def _begin(self, id: str, frame: dict[str, Any]) -> None:
+        request = FrameRequest(self._scope, self._headers, orjson.dumps({**frame, "stream": True}))
+        sink = FrameSink(self._socket, id)
+        task = asyncio.create_task(self._serve(id, request, sink))
+        self._requests[id] = (task, request, sink)
+
+    async def _serve(self, id: str, request: FrameRequest, sink: FrameSink) -> None:
+        try:
+            await pipeline.chat(self._gateway, request, sink)
+        except (GatewayError, ProviderError) as error:
+            await sink.fail(error, request.id)
+        finally:
+            self._requests.pop(id, None)
+
+    async def _cancel(self, id: str) -> None:
+        found = self._requests.get(id)
+        if found is None:
+            await self._complain(id, "not_found", "No request with this id is running.", 404)
+            return
+        task, request, sink = found
+        self._stop(task, request)
+        await asyncio.wait({task})
+        await self._socket.frame(id=id, type="cancelled", usage=usage_of(sink.attempt))
+
+    @staticmethod
+    def _stop(task: asyncio.Task[None], request: FrameRequest) -> None:
+        """End a request as one whose caller has left, so that it is recorded as that."""
+        if request.running is not None:
+            request.running.end("client_left")
+        else:
+            task.cancel()
+
+    async def _end_all(self) -> None:
+        running = list(self._requests.values())
+        for task, request, _ in running:
+            self._stop(task, request)
+        if running:
+            await asyncio.wait({task for task, _, _ in running})
+
+    def _end(self, error: GatewayError) -> None:
+        """The key was revoked, or the server stops: say so, and close. Called by the registry."""
+        task = asyncio.get_running_loop().create_task(self._say_goodbye(error))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _say_goodbye(self, error: GatewayError) -> None:
+        if running := {task for task, _, _ in self._requests.values()}:
+            # Each has its own error frame to send first.
+            await asyncio.wait(running, timeout=1)
+        await self._complain(None, error.code, error.text, error.status)
+        await self._socket.close(CLOSE_REVOKED if isinstance(error, KeyRevoked) else CLOSE_SHUTDOWN)
+
+    async def _complain(self, id: str | None, code: str, message: str, status: int = 400) -> None:
+        body = orjson.loads(openai.error(status, code, message, ""))
+        await self._socket.frame(id=id, type="error", error=body["error"])
+
+
+class _Opening:
+    """The handshake, as far as `admit` looks at a request."""
+
+    def __init__(self, scope: Scope, headers: auth.RawHeaders) -> None:
+        self.headers = headers
+        self.address = (scope.get("client") or ("",))[0]
+        self.id = ""
+        self.length = 0
+
+    async def body(self) -> bytes:
+        return b""
+
+    @contextlib.asynccontextmanager
+    async def left(self, running: Running) -> AsyncIterator[None]:
+        yield
+
+
+def with_offered_key(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The handshake's headers, with the key that a browser can only offer as a subprotocol."""
+    headers = [pair for pair in scope["headers"] if pair[0] in auth.CARRIERS]
+    for offered in scope.get("subprotocols") or []:
+        if offered.startswith(KEY_PROTOCOL):
+            headers.append((b"x-api-key", offered.removeprefix(KEY_PROTOCOL).encode("latin-1", "replace")))
+    return headers
+
+
+async def refuse(send: Send, error: GatewayError) -> None:
+    """Refuse the upgrade with a status and a body (ASGI's websocket denial response)."""
+    body = openai.error(error.status, error.code, error.text, request_id_from(None), error.param)
+    headers = [JSON, (b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
+    await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
+
+
+def usage_of(attempt: Attempt | None) -> dict[str, int]:
+    """Counts in OpenAI's words; what was counted or estimated until now."""
+    if attempt is None:
+        return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    usage, _ = attempt.counted()
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+    }
+
+

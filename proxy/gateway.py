@@ -1,0 +1,76 @@
+"""What a worker's data plane consists of; made once, handed to the consumers, started and stopped with the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from django.conf import settings
+
+from providers.client import Sessions
+from proxy import metrics
+from proxy.auth import Caller
+from proxy.breaker import Breakers
+from proxy.inflight import REGISTRY, Registry
+from proxy.limits import Limits
+from proxy.spool import Spool
+from proxy.watcher import WATCHER, Watcher
+
+logger = logging.getLogger(__name__)
+
+
+class Gateway:
+    """watcher: configuration and weather. sessions: connections to providers. spool: the usage log on disk.
+
+    breakers, limits, registry: as their modules say.
+    """
+
+    def __init__(self, *, watcher: Watcher, spool: Spool, registry: Registry, limits: Limits) -> None:
+        self.watcher = watcher
+        self.spool = spool
+        self.registry = registry
+        self.limits = limits
+        self.breakers = Breakers()
+        self.sessions = Sessions()
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the configuration, open the spool, begin to sweep. Raises when the database cannot be read."""
+        await asyncio.to_thread(self.watcher.start)
+        self.spool.run()
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeper
+        await self.sessions.close()
+        await self.limits.close()
+        await asyncio.to_thread(self.watcher.stop)
+        await asyncio.to_thread(self.spool.close)
+
+    async def _sweep(self) -> None:
+        """Once a second: end what may not go on, keep the leases of what does."""
+        while True:
+            await asyncio.sleep(1)
+            try:
+                self.registry.sweep(self._is_good)
+                await self.limits.sweep()
+                metrics.weather(self)
+            except Exception:
+                logger.exception("the sweep failed")
+
+    def _is_good(self, caller: Caller) -> bool:
+        return self.watcher.snapshot.caller_is_good(caller, time.time())
+
+
+GATEWAY = Gateway(
+    watcher=WATCHER,
+    spool=Spool(settings.SPOOL_DIR),
+    registry=REGISTRY,
+    limits=Limits(settings.REDIS_URL, workers=settings.WEB_CONCURRENCY),
+)
+"""This process's."""

@@ -1,0 +1,95 @@
+"""Gateway keys: their form, and issuing, rotating and revoking them.
+
+Form: `pen_live_<id: 10 base62><secret: 32 base62>_<crc: 6 base62>`, where crc is the CRC-32 of the ASCII text before the
+last underscore in base62 (0-9A-Za-z), padded with zeros. Published for secret scanners as `FORM`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import string
+import zlib
+from datetime import timedelta
+from typing import NamedTuple
+
+from django.conf import settings
+from django.utils import timezone
+
+from proxy.models import GatewayKey
+
+ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
+FORM = re.compile(r"pen_live_(?P<id>[0-9A-Za-z]{10})(?P<secret>[0-9A-Za-z]{32})_(?P<crc>[0-9A-Za-z]{6})")
+DEFAULT_OVERLAP = timedelta(hours=24)
+
+
+class Parts(NamedTuple):
+    key_id: str
+    secret: str
+
+
+def checksum(text: str) -> str:
+    number, digits = zlib.crc32(text.encode("ascii")), ""
+    while number:
+        number, digit = divmod(number, 62)
+        digits = ALPHABET[digit] + digits
+    return digits.rjust(6, "0")
+
+
+def compose(key_id: str, secret: str) -> str:
+    text = f"pen_live_{key_id}{secret}"
+    return f"{text}_{checksum(text)}"
+
+
+def parse(text: str) -> Parts | None:
+    """The parts of a well-formed key with a right checksum; None for anything else, without any look-up (R11)."""
+    match = FORM.fullmatch(text)
+    if match is None or checksum(text[:-7]) != match["crc"]:
+        return None
+    return Parts(match["id"], match["secret"])
+
+
+def digest(secret: str, pepper: bytes) -> str:
+    """Hex HMAC-SHA256 of the secret under a pepper: what is stored and compared."""
+    return hmac.new(pepper, secret.encode("ascii"), hashlib.sha256).hexdigest()
+
+
+def random_text(length: int) -> str:
+    return "".join(secrets.choice(ALPHABET) for _ in range(length))
+
+
+def give_secret(key: GatewayKey, secret: str | None = None) -> str:
+    """Put a new secret (or the given one) into `key` and answer the whole key, which is never known again. Does not save."""
+    secret = secret or random_text(32)
+    key.key_id = key.key_id or random_text(10)
+    key.pepper = max(settings.PENSTOCK_PEPPERS)
+    key.hmac = digest(secret, settings.PENSTOCK_PEPPERS[key.pepper])
+    key.last4 = compose(key.key_id, secret)[-4:]
+    return compose(key.key_id, secret)
+
+
+def adopt(key: GatewayKey, whole: str) -> None:
+    """Make `key` the key `whole`, chosen by the administrator. ValueError when it is not well-formed. Does not save."""
+    parts = parse(whole)
+    if parts is None:
+        raise ValueError("not a well-formed gateway key")
+    key.key_id = parts.key_id
+    give_secret(key, parts.secret)
+
+
+def rotate(key: GatewayKey, *, overlap: timedelta = DEFAULT_OVERLAP) -> str:
+    """A new secret; the old one stays good for `overlap`. Saves; inside `audit.changes`."""
+    key.previous_hmac, key.previous_pepper = key.hmac, key.pepper
+    key.previous_until = timezone.now() + overlap
+    whole = give_secret(key)
+    key.save()
+    return whole
+
+
+def revoke(key: GatewayKey) -> None:
+    """End the key for ever, on every worker and every open stream. Saves; inside `audit.changes`."""
+    key.revoked_at = timezone.now()
+    key.enabled = False
+    key.save()

@@ -1,0 +1,46 @@
+"""Prometheus metrics of the data plane, with label sets that outsiders cannot grow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from providers.wire import Usage
+
+if TYPE_CHECKING:
+    from proxy.gateway import Gateway
+
+ATTEMPTS = Counter("penstock_attempts_total", "Attempts at providers, by how they ended.", ["provider", "status"])
+REFUSED = Counter("penstock_refused_total", "Requests refused before any provider was dialled.", ["code"])
+TOKENS = Counter("penstock_tokens_total", "Tokens, as counted or estimated.", ["provider", "direction"])
+FIRST_TOKEN = Histogram(
+    "penstock_time_to_first_token_seconds",
+    "From dialling to the first content of a stream.",
+    ["provider"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+)
+DECRYPT_FAILURES = Counter("credential_decrypt_failures_total", "Secrets that could not be opened.")
+RUNNING = Gauge("penstock_requests_running", "Requests that run now.", multiprocess_mode="livesum")
+SILENCE = Gauge("penstock_database_silence_seconds", "Since the database last answered.", multiprocess_mode="livemax")
+CONFIG = Gauge("penstock_config_version", "The configuration in use.", multiprocess_mode="livemin")
+LIMITS_LOCAL = Gauge("penstock_limits_local", "1 while limits are kept by the process alone.", multiprocess_mode="livemax")
+SPOOL_TROUBLE = Gauge("penstock_spool_trouble", "1 while the usage log cannot be written.", multiprocess_mode="livemax")
+
+
+def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage) -> None:
+    ATTEMPTS.labels(provider, status).inc()
+    if ttft_ms is not None:
+        FIRST_TOKEN.labels(provider).observe(ttft_ms / 1000)
+    if usage.prompt or usage.completion:
+        TOKENS.labels(provider, "in").inc(usage.prompt)
+        TOKENS.labels(provider, "out").inc(usage.completion)
+
+
+def weather(gateway: Gateway) -> None:
+    """What is measured rather than counted; once a second."""
+    RUNNING.set(gateway.registry.running)
+    SILENCE.set(gateway.watcher.silence)
+    CONFIG.set(gateway.watcher.snapshot.version)
+    LIMITS_LOCAL.set(gateway.limits.local)
+    SPOOL_TROUBLE.set(gateway.spool.problem is not None)

@@ -1,0 +1,131 @@
+"""What every attempt at a provider was worth, and which pieces of the spool are already counted."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from django.db import models
+from django.db.models import Q
+
+COUNTS = (
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "cache_write_tokens",
+    "reasoning_tokens",
+    "bytes_out",
+)
+"""Columns that are never null and never negative."""
+
+TIMES = ("ttft_ms", "duration_ms")
+"""Columns that are null when unknown and never negative."""
+
+
+def _not_negative() -> list[models.CheckConstraint]:
+    return [
+        models.CheckConstraint(condition=Q(**{f"{name}__gte": 0}), name=f"usage_{name}_is_not_negative")
+        for name in (*COUNTS, *TIMES)
+    ]
+
+
+class UsageStatus(models.TextChoices):
+    """How an attempt ended; `interrupted` is one that never did, because its worker died or was told to stop."""
+
+    SUCCESS = "success", "Success"
+    ERROR = "error", "Error"
+    CLIENT_DISCONNECTED = "client_disconnected", "Client disconnected"
+    INTERRUPTED = "interrupted", "Interrupted"
+    UPSTREAM_STALLED = "upstream_stalled", "Upstream stalled"
+    UPSTREAM_INTERRUPTED = "upstream_interrupted", "Upstream interrupted"
+
+
+class TokensSource(models.TextChoices):
+    PROVIDER = "provider", "Provider"
+    ESTIMATED = "estimated", "Estimated"
+    NONE = "none", "None"
+
+
+class UsageRecord(models.Model):
+    """One attempt. It holds ids and names and no foreign keys, so that deleting a provider or a key never rewrites history.
+
+    id: the attempt's own UUIDv7, made by the worker; request_id is the caller's, correlates and may repeat.
+    prompt_tokens includes cached_tokens; where tokens_source is `none`, nobody knows and all token counts are 0.
+    cost_nanodollars: 10^-9 US dollars; null while no price is known, which is not the same as free.
+    """
+
+    Status = UsageStatus
+    TokensSource = TokensSource
+
+    id = models.UUIDField(primary_key=True, editable=False)
+    request_id = models.CharField(max_length=128, blank=True)
+    attempt = models.PositiveSmallIntegerField(default=1)
+    created_at = models.DateTimeField()
+    gateway_key_id = models.BigIntegerField(null=True, blank=True)
+    gateway_key = models.CharField(max_length=100, blank=True)
+    owner = models.CharField(max_length=150, blank=True)
+    route = models.CharField(max_length=255, blank=True)
+    provider_id = models.BigIntegerField(null=True, blank=True)
+    provider = models.CharField(max_length=100, blank=True)
+    api_key_id = models.BigIntegerField("API key id", null=True, blank=True)
+    requested_model = models.CharField(max_length=255, blank=True)
+    model = models.CharField(max_length=255, blank=True)
+    purpose = models.CharField(max_length=32, blank=True)
+    status = models.CharField(max_length=32, choices=UsageStatus)
+    error_code = models.CharField(max_length=64, blank=True)
+    http_status = models.PositiveSmallIntegerField("HTTP status", null=True, blank=True)
+    prompt_tokens = models.BigIntegerField(default=0)
+    completion_tokens = models.BigIntegerField(default=0)
+    cached_tokens = models.BigIntegerField(default=0)
+    cache_write_tokens = models.BigIntegerField(default=0)
+    reasoning_tokens = models.BigIntegerField(default=0)
+    tokens_source = models.CharField(max_length=16, choices=TokensSource, default=TokensSource.NONE)
+    cost_nanodollars = models.BigIntegerField(null=True, blank=True)
+    price_id = models.BigIntegerField(null=True, blank=True)
+    ttft_ms = models.BigIntegerField("time to first token (ms)", null=True, blank=True)
+    duration_ms = models.BigIntegerField("duration (ms)", null=True, blank=True)
+    bytes_out = models.BigIntegerField(default=0)
+    stream = models.BooleanField(default=False)
+    client_disconnected = models.BooleanField(default=False)
+    trace = models.JSONField(null=True, blank=True)
+
+    class Meta:
+        verbose_name = "usage record"
+        ordering: ClassVar = ["-created_at", "-id"]
+        indexes: ClassVar = [
+            models.Index(fields=["created_at"], name="usage_created"),
+            models.Index(fields=["gateway_key_id", "created_at"], name="usage_gateway_key_created"),
+            models.Index(fields=["provider_id", "created_at"], name="usage_provider_created"),
+        ]
+        constraints: ClassVar = [
+            *_not_negative(),
+            models.CheckConstraint(
+                condition=Q(cost_nanodollars__gte=0) | Q(cost_nanodollars=None),
+                name="usage_cost_is_not_negative",
+            ),
+            models.CheckConstraint(condition=Q(status__in=UsageStatus.values), name="usage_status_is_known"),
+            models.CheckConstraint(
+                condition=Q(tokens_source__in=TokensSource.values), name="usage_tokens_source_is_known"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.provider}/{self.model} {self.status}"
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class SpoolSegment(models.Model):
+    """The name of a piece of the spool whose records are in; it is written with them, so they are never counted twice."""
+
+    name = models.CharField(max_length=64, unique=True)
+    drained_at = models.DateTimeField(db_index=True)
+    records = models.PositiveIntegerField(default=0)
+
+    class Meta:
+        verbose_name = "spool segment"
+        ordering: ClassVar = ["-drained_at"]
+
+    def __str__(self) -> str:
+        return self.name

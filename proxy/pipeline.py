@@ -1,0 +1,85 @@
+"""The hot path of a request, as ordered steps; each step is explained where it lives.
+
+Nothing here waits for anything but the caller's body, one Redis script when the key has limits, and the provider.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from django.conf import settings
+
+from audit.strict_json import StrictJSONError, loads
+from proxy import auth, relay, selection
+from proxy.attempts import BYTES_PER_TOKEN, Call
+from proxy.auth import Caller, RawHeaders
+from proxy.dialects import openai
+from proxy.errors import ConfigurationUnavailable, InvalidApiKey, InvalidJson
+from proxy.gateway import Gateway
+from proxy.inflight import Running
+from proxy.relay import Sink
+from proxy.selection import Conditions
+
+
+class Request(Protocol):
+    """What the pipeline needs of a transport. `left` watches for the caller's leaving while its block runs."""
+
+    id: str
+    headers: RawHeaders
+    address: str
+    length: int
+
+    async def body(self) -> bytes: ...
+    def left(self, running: Running) -> AbstractAsyncContextManager[None]: ...
+
+
+async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
+    """Serve one chat completion. Raises GatewayError or ProviderError, which the transport tells the caller."""
+    caller = admit(gateway, request)
+    running = gateway.registry.enter(caller, request.id)
+    try:
+        async with gateway.limits.hold(caller, member=request.id, tokens=request.length // BYTES_PER_TOKEN):
+            body = await request.body()
+            async with request.left(running):
+                await relay.run(gateway, prepare(gateway, caller, running, request.id, body), sink)
+    except asyncio.CancelledError:
+        if running.ending is None:
+            raise
+        # We ended it ourselves, so the task goes on; unless the caller is the one who left, it is told.
+        running.task.uncancel()
+        if (error := running.error()) is not None:
+            raise error from None
+    finally:
+        gateway.registry.leave(running)
+
+
+def admit(gateway: Gateway, request: Request) -> Caller:
+    """401, then 403 by address; while the database is long away, 503, and an unknown key may exist after all."""
+    watcher = gateway.watcher
+    if not watcher.usable:
+        raise ConfigurationUnavailable()
+    try:
+        key = auth.presented_key(request.headers)
+        caller = auth.authenticate(key, watcher.snapshot.callers, settings.PENSTOCK_PEPPERS)
+    except InvalidApiKey:
+        if watcher.fresh or not auth.well_formed(key):
+            raise
+        raise ConfigurationUnavailable() from None
+    auth.check_address(caller, request.address)
+    return caller
+
+
+def prepare(gateway: Gateway, caller: Caller, running: Running, request_id: str, body: bytes) -> Call:
+    """400, then 404 and 403 by model: the request understood, and its candidates in order."""
+    try:
+        chat = openai.chat_request(loads(body))
+    except StrictJSONError as error:
+        raise InvalidJson(str(error)) from error
+    snapshot = gateway.watcher.snapshot
+    conditions = Conditions(gateway.watcher.weather, gateway.breakers.open())
+    plan = selection.plan(
+        snapshot, conditions, caller, purpose="chat", model=chat.model, provider_id=chat.provider_id
+    )
+    return Call(request_id, caller, running, "chat", chat, len(body), plan, snapshot.version)

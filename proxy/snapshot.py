@@ -1,0 +1,213 @@
+"""The configuration as requests see it: an immutable picture, built whole by `build()` in one consistent read.
+
+A request uses one snapshot from start to end. Its `version` is `audit.Head.seq`, so the answer's `x-penstock-config` is
+explained by the audit entry of that number.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from django.db import connection, transaction
+
+from audit.models import Head
+from providers import adapters, keyring
+from providers.errors import UnknownKind
+from providers.fields import raw
+from providers.keyring import WrongEncryptionKey
+from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
+from providers.wire import Credential, Endpoint, Kind, Purpose
+from proxy.auth import Caller
+from proxy.models import GatewayKey
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """An enabled provider: how to talk to it, and with which keys (default first)."""
+
+    endpoint: Endpoint
+    kind: Kind
+    priority: int
+    purposes: frozenset[str]
+    credentials: tuple[Credential, ...]
+    models: tuple[str, ...]
+
+    @property
+    def id(self) -> int:
+        return self.endpoint.provider_id
+
+    @property
+    def slug(self) -> str:
+        return self.endpoint.slug
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A target of the active provider of a purpose; without `credential`, all keys of the provider serve."""
+
+    provider_id: int
+    model: str = ""
+    credential: Credential | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    version: int = 0
+    callers: Mapping[str, Caller] = field(default_factory=dict)
+    upstreams: Mapping[int, Upstream] = field(default_factory=dict)
+    by_slug: Mapping[str, int] = field(default_factory=dict)
+    catalogue: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    model_purposes: Mapping[tuple[int, str], frozenset[str]] = field(default_factory=dict)
+    active: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
+
+    def caller_is_good(self, caller: Caller, now: float) -> bool:
+        """Whether a key that was good when its request began still is; a rotated one is."""
+        present = self.callers.get(caller.key_id)
+        return present is not None and not present.expired(now)
+
+
+def build() -> Snapshot:
+    """Read everything in one transaction. Raises DatabaseError when the database is away.
+
+    The keyring is opened again in the same read, so a rotation reaches this process with the rows it sealed.
+    """
+    with _one_consistent_read():
+        version = Head.objects.values_list("seq", flat=True).get(pk=1)
+        _refresh_keyring()
+        callers = {caller.key_id: caller for caller in _callers()}
+        credentials = _credentials()
+        models = _models()
+        upstreams = {each.id: each for each in _upstreams(credentials, models)}
+        active = _active()
+    return Snapshot(
+        version=version,
+        callers=callers,
+        upstreams=upstreams,
+        by_slug={each.slug: each.id for each in upstreams.values()},
+        catalogue=_catalogue(upstreams),
+        model_purposes={
+            (provider_id, name): purposes
+            for provider_id, rows in models.items()
+            for name, purposes in rows
+            if provider_id in upstreams
+        },
+        active=active,
+    )
+
+
+@contextmanager
+def _one_consistent_read() -> Iterator[None]:
+    """REPEATABLE READ on PostgreSQL; on SQLite a plain BEGIN, because Django's IMMEDIATE one would block writers."""
+    if connection.vendor == "postgresql":
+        with transaction.atomic():
+            if not connection.savepoint_ids:
+                connection.cursor().execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            yield
+        return
+    if connection.in_atomic_block:
+        yield
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("BEGIN")
+        try:
+            yield
+        finally:
+            cursor.execute("ROLLBACK")
+
+
+def _refresh_keyring() -> None:
+    """A keyring that no longer opens leaves the one in memory; each value then says for itself whether it opens."""
+    try:
+        keyring.load_if_changed()
+    except WrongEncryptionKey:
+        return
+
+
+def _callers() -> Iterator[Caller]:
+    rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner")
+    for row in rows.iterator():
+        if row.owner is not None and not row.owner.is_active:
+            continue
+        yield Caller(
+            id=row.pk,
+            key_id=row.key_id,
+            name=row.name,
+            owner=row.owner.get_username() if row.owner else "",
+            digest=raw(row.hmac),
+            pepper=row.pepper,
+            previous_digest=raw(row.previous_hmac),
+            previous_pepper=row.previous_pepper or 0,
+            previous_until=row.previous_until.timestamp() if row.previous_until else 0.0,
+            expires_at=row.expires_at.timestamp() if row.expires_at else None,
+            requests_per_minute=row.requests_per_minute,
+            tokens_per_minute=row.tokens_per_minute,
+            max_concurrency=row.max_concurrency,
+            allowed_models=tuple(row.allowed_models),
+            allowed_networks=tuple(ipaddress.ip_network(each) for each in row.allowed_networks),
+        )
+
+
+def _credentials() -> Mapping[int, list[Credential]]:
+    credentials: defaultdict[int, list[Credential]] = defaultdict(list)
+    for key in ApiKey.objects.filter(enabled=True).order_by("-is_default", "id").iterator():
+        credentials[key.provider_id].append(key.credential())
+    return credentials
+
+
+def _models() -> Mapping[int, list[tuple[str, frozenset[str]]]]:
+    models: defaultdict[int, list[tuple[str, frozenset[str]]]] = defaultdict(list)
+    rows = UpstreamModel.objects.filter(enabled=True).order_by("id").values_list("provider_id", "name", "purposes")
+    for provider_id, name, purposes in rows.iterator():
+        models[provider_id].append((name, frozenset(purposes)))
+    return models
+
+
+def _upstreams(
+    credentials: Mapping[int, list[Credential]], models: Mapping[int, list[tuple[str, frozenset[str]]]]
+) -> Iterator[Upstream]:
+    for provider in Provider.objects.filter(enabled=True).iterator():
+        try:
+            kind = adapters.kind(provider.kind)
+        except UnknownKind:
+            continue
+        yield Upstream(
+            endpoint=provider.endpoint(),
+            kind=kind,
+            priority=provider.priority,
+            purposes=frozenset(_purposes(provider)),
+            credentials=tuple(credentials.get(provider.pk, ())),
+            models=tuple(name for name, _ in models.get(provider.pk, ())),
+        )
+
+
+def _purposes(provider: Provider) -> Iterator[Purpose]:
+    if provider.use_for_chat:
+        yield "chat"
+    if provider.use_for_embeddings:
+        yield "embeddings"
+    if provider.use_for_reranking:
+        yield "reranking"
+
+
+def _active() -> Mapping[str, tuple[Choice, ...]]:
+    active: defaultdict[str, list[Choice]] = defaultdict(list)
+    for target in ActiveTarget.objects.select_related("active", "api_key").order_by("active", "position"):
+        key = target.api_key
+        if key is not None and not key.enabled:
+            continue
+        credential = key.credential() if key is not None else None
+        active[target.active.purpose].append(Choice(target.provider_id, target.model, credential))
+    return {purpose: tuple(choices) for purpose, choices in active.items()}
+
+
+def _catalogue(upstreams: Mapping[int, Upstream]) -> Mapping[str, tuple[int, ...]]:
+    """Model name to the providers that have it, by priority, then id."""
+    catalogue: defaultdict[str, list[int]] = defaultdict(list)
+    for upstream in sorted(upstreams.values(), key=lambda each: (each.priority, each.id)):
+        for name in upstream.models:
+            catalogue[name].append(upstream.id)
+    return {name: tuple(ids) for name, ids in catalogue.items()}

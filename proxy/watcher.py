@@ -1,0 +1,146 @@
+"""The one thread that reads the database for the data plane: configuration, weather, and back what requests saw.
+
+Requests never wait for it. It looks at `audit.Head` twice a second and rebuilds the snapshot at most once a second. No
+publish/subscribe: a poll is needed anyway, in case a message is lost, and is fast enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from django.db import DatabaseError, close_old_connections, connection
+from django.utils import timezone
+
+from audit.models import Head
+from providers.models import KeyUse, ProviderHealth
+from proxy import snapshot as snapshots
+from proxy import weather as weathers
+from proxy.snapshot import Snapshot
+from proxy.weather import Weather
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+REBUILD_SECONDS = 1.0
+WEATHER_SECONDS = 1.0
+GRACE_SECONDS = 300.0
+"""How long the data plane serves from memory while the database is away (F22); then it refuses with 503."""
+
+FRESH_SECONDS = 5.0
+
+
+class Watcher:
+    """Holds the current `snapshot` and `weather`; both are replaced whole, so readers need no lock."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._suspects: set[int] = set()
+        self._rejected: set[int] = set()
+        self._accepted: set[int] = set()
+        self._built_at = self._weather_at = 0.0
+        self.answered_at = 0.0
+        self.snapshot = Snapshot()
+        self.weather = Weather()
+
+    # -- asked by requests -------------------------------------------------------------------------------------------
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the database last answered."""
+        return self._clock() - self.answered_at
+
+    @property
+    def fresh(self) -> bool:
+        """Whether what is not in the snapshot certainly does not exist."""
+        return self.silence < FRESH_SECONDS
+
+    @property
+    def usable(self) -> bool:
+        """Whether the configuration may still be served from memory."""
+        return self.silence < GRACE_SECONDS
+
+    def suspect(self, provider_id: int) -> None:
+        """A request saw this provider fail: have it probed at once."""
+        self._suspects.add(provider_id)
+
+    def rejected(self, key_id: int) -> None:
+        """The provider refused this key."""
+        self._rejected.add(key_id)
+
+    def accepted(self, key_id: int) -> None:
+        """The provider took a key that was marked as refused."""
+        self._accepted.add(key_id)
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Read everything once, here and now (DatabaseError when that fails), then keep it fresh in a thread."""
+        self.refresh()
+        self._thread = threading.Thread(target=self._run, name="penstock-watcher", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def refresh(self) -> None:
+        """One look at the database; rebuilds what is due. Raises DatabaseError when it is away."""
+        now = self._clock()
+        version = Head.objects.values_list("seq", flat=True).get(pk=1)
+        # `!=`, not `>`: after a restore from a backup the number may be lower.
+        changed = version != self.snapshot.version or not self._built_at
+        if changed and (not self._built_at or now - self._built_at >= REBUILD_SECONDS):
+            self.snapshot = snapshots.build()
+            self._built_at = now
+        if now - self._weather_at >= WEATHER_SECONDS:
+            self.weather = weathers.read()
+            self._weather_at = now
+        self._report()
+        self.answered_at = self._clock()
+
+    def _report(self) -> None:
+        """Write back what requests saw; what cannot be written is kept for the next look."""
+        suspects, rejected, accepted = set(self._suspects), set(self._rejected), set(self._accepted)
+        if suspects:
+            ProviderHealth.objects.filter(provider__in=suspects, next_probe_at__gt=timezone.now()).update(
+                next_probe_at=timezone.now()
+            )
+            self._suspects -= suspects
+        for key_id in rejected:
+            KeyUse.objects.update_or_create(api_key_id=key_id, defaults={"rejected_at": timezone.now()})
+        if accepted:
+            KeyUse.objects.filter(api_key__in=accepted).update(rejected_at=None)
+        self._rejected -= rejected
+        self._accepted -= accepted
+
+    def _run(self) -> None:
+        failing = False
+        while not self._stop.wait(POLL_SECONDS):
+            try:
+                close_old_connections()
+                self.refresh()
+                if failing:
+                    logger.warning("the database answers again")
+                failing = False
+            except Exception as error:
+                if not failing:
+                    logger.warning("configuration is served from memory: %s", type(error).__name__, exc_info=error)
+                failing = True
+                _drop_connection()
+        _drop_connection()
+
+
+def _drop_connection() -> None:
+    with contextlib.suppress(DatabaseError):
+        connection.close()
+
+
+WATCHER = Watcher()
+"""This process's."""
