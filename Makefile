@@ -48,8 +48,8 @@ lock: $(VENV)-lock/bin/uv ## Write the lock files anew from pyproject.toml (UPGR
 ##@ Test and check
 .PHONY: test
 test: $(VENV)/.installed-dev ## The whole suite: on PostgreSQL and on SQLite, each with a real Valkey
-	PENSTOCK_TEST_DATABASE=postgresql $(PYTEST) -n $(TEST_PROCESSES)
-	PENSTOCK_TEST_DATABASE=sqlite $(PYTEST) -n $(TEST_PROCESSES)
+	PENSTOCK_TEST_DATABASE=postgresql $(PYTEST) -n $(TEST_PROCESSES) --dist loadgroup
+	PENSTOCK_TEST_DATABASE=sqlite $(PYTEST) -n $(TEST_PROCESSES) --dist loadgroup
 	@echo "make test: the suite passed twice, on PostgreSQL + Valkey and on SQLite + Valkey"
 
 .PHONY: soak

@@ -30,6 +30,9 @@ class Limits:
     grace_seconds: float = 2.0  # Still accepting after the signal, until balancers have seen readiness go.
     drain_seconds: float = 30.0  # From the signal until running streams are interrupted.
     interrupt_seconds: float = 3.0  # For interrupted streams to say so and end.
+    cleanup_seconds: float = (
+        1.5  # For the application to close what it opened, before the process ends anyway.
+    )
 
 
 class Exchange(RequestResponseCycle):
@@ -39,8 +42,12 @@ class Exchange(RequestResponseCycle):
 
     @property
     def keep_alive(self) -> bool:
-        """Read by uvicorn when the response starts (for the header) and when it ends."""
-        if self._keep_alive and (self.more_body or self.body):
+        """Read by uvicorn when the response starts (for the header) and when it ends.
+
+        An application that learns only while it answers that this connection must not be used again sets
+        `scope["state"]["close"]`: the state is one dict for the request, however often routers copy the scope.
+        """
+        if self._keep_alive and (self.more_body or self.body or "close" in self.scope["state"]):
             self._keep_alive = False
         return self._keep_alive
 
@@ -52,7 +59,6 @@ class Exchange(RequestResponseCycle):
         """Tell the application that nobody listens any more; what it still sends is dropped."""
         if not self.response_complete:
             self.disconnected = True
-        self.waiting_for_100_continue = False
         self.message_event.set()
 
     async def send_500_response(self) -> None:

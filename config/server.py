@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 WEBSOCKET_MESSAGE_BYTES = 1024 * 1024
 _PR_SET_DUMPABLE = 4  # <linux/prctl.h>
-# What is left to write out after the streams, and then whatever else may hang, until the process ends all the same.
-_CLEANUP_SECONDS = 1.0
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -158,7 +156,7 @@ class Server(uvicorn.Server):
         """Readiness off, grace, close listeners, wait, interrupt, and end in any case."""
         limits, loop = self.config.limits, asyncio.get_running_loop()
         began = loop.time()
-        self._exit_at_last(limits.drain_seconds + limits.interrupt_seconds + 1.5 * _CLEANUP_SECONDS)
+        self._exit_at_last(limits.drain_seconds + limits.interrupt_seconds + limits.cleanup_seconds)
         logger.info("Stopping; %d requests are running.", self._drain.running)
         self.config.draining = True
         self._drain.start()
@@ -170,8 +168,7 @@ class Server(uvicorn.Server):
             self._drain.interrupt()
             await self._until(loop.time() + limits.interrupt_seconds, self._is_idle)
         await self._end_connections()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.lifespan.shutdown(), timeout=_CLEANUP_SECONDS)
+        await self.lifespan.shutdown()
 
     async def _until(self, deadline: float, reached: Callable[[], bool]) -> None:
         loop = asyncio.get_running_loop()
@@ -196,18 +193,18 @@ class Server(uvicorn.Server):
         return waiting <= 0 and not self._connections(HttpProtocol) and not self._drain.running
 
     async def _end_connections(self) -> None:
-        """Say 1012 to the WebSockets, give their tasks a moment, and end what is left."""
+        """Say 1012 to the WebSockets, give their tasks a moment, and end those that are left."""
         loop = asyncio.get_running_loop()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        await self._until(loop.time() + _CLEANUP_SECONDS / 2, lambda: not self.server_state.tasks)
+        await self._until(
+            loop.time() + self.config.limits.cleanup_seconds / 4, lambda: not self.server_state.tasks
+        )
         for task in list(self.server_state.tasks):
             task.cancel()
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
 
     def _exit_at_last(self, seconds: float) -> None:
-        """Exit with 0 even if a thread of the application never returns: closing the loop would wait for it."""
+        """Exit with 0 even if the application's lifespan or a thread of it never returns."""
         if threading.current_thread() is threading.main_thread():
             timer = threading.Timer(seconds, os._exit, (0,))
             timer.daemon = True

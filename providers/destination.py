@@ -10,7 +10,7 @@ import ipaddress
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 from urllib.parse import SplitResult, urlsplit
 
@@ -69,6 +69,15 @@ class Policy:
     private_networks: tuple[IPNetwork, ...] = DEFAULT_PRIVATE
     own: frozenset[SocketAddress] = frozenset()
     plain: bool = False
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # A policy is the key of a pool, looked up for every request; hashing the networks anew each time would show.
+        parts = (self.allow_private, self.private_networks, self.own, self.plain)
+        object.__setattr__(self, "_hash", hash(parts))
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def check_url(

@@ -43,7 +43,9 @@ class OwnAddresses:
     async def get(self) -> frozenset[SocketAddress]:
         now = asyncio.get_running_loop().time()
         if now >= self._until:
-            self._known = await self._look_up()
+            found = await self._look_up()
+            # The same object while nothing changed: it is part of what pools are found by.
+            self._known = self._known if found == self._known else found
             self._until = now + LIFETIME
         return self._known
 

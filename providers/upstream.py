@@ -12,17 +12,18 @@ import json
 import logging
 import ssl
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote, urlsplit
 
 import aiohttp
 import httpx
+from django.conf import settings
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from providers import adapters, errors, sse
 from providers.client import Dial, Sessions, control_plane_client
 from providers.crypto import DOTS, Secret
-from providers.destination import Policy, SocketAddress
+from providers.destination import Policy
 from providers.own_addresses import OwnAddresses
 from providers.secret_stores import store_of
 from providers.secret_stores.sealed import open_sealed
@@ -35,6 +36,8 @@ ECHO_PAUSE = 0.02
 
 logger = logging.getLogger(__name__)
 _own_addresses = OwnAddresses()
+_policies: dict[tuple[bool, bool], Policy] = {}
+"""The four that there are, by (allow_private, plain): made anew only when what they hold has changed."""
 
 
 class Reply(Protocol):
@@ -166,7 +169,9 @@ async def _dial(
     try:
         return await _send(sessions.get(policy, endpoint.ca_pem), endpoint, request, headers, dial)
     except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-        if not dial.reused or isinstance(error, aiohttp.ClientConnectorError):
+        # Of an answer that had begun, aiohttp keeps the part of the head that came.
+        begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
+        if begun or not dial.reused or isinstance(error, aiohttp.ClientConnectorError):
             raise
     return await _send(sessions.get(policy, endpoint.ca_pem, fresh=True), endpoint, request, headers, Dial())
 
@@ -260,19 +265,13 @@ async def _policy(endpoint: Endpoint, kind: Kind, request: WireRequest) -> Polic
         astray = True
     if astray:
         raise errors.DestinationNotAllowed(detail="the request leads to another origin than its provider")
-    own: frozenset[SocketAddress] = await _own_addresses.get()
-    return Policy(
-        allow_private=endpoint.allow_private or kind.self_hosted,
-        private_networks=_private_networks(),
-        own=own,
-        plain=urlsplit(request.url).scheme == "http",
-    )
-
-
-def _private_networks() -> tuple[Any, ...]:
-    from django.conf import settings
-
-    return tuple(settings.PRIVATE_NETWORKS)
+    own = await _own_addresses.get()
+    key = (endpoint.allow_private or kind.self_hosted, urlsplit(request.url).scheme == "http")
+    policy = _policies.get(key)
+    if policy is None or policy.own is not own or policy.private_networks is not settings.PRIVATE_NETWORKS:
+        allow_private, plain = key
+        policy = _policies[key] = Policy(allow_private, settings.PRIVATE_NETWORKS, own, plain)
+    return policy
 
 
 async def _sealed_up(

@@ -7,10 +7,10 @@ which secret, is not their business.
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from providers import errors
@@ -22,6 +22,7 @@ ProbeStatus = Literal["online", "degraded", "timeout", "unreachable", "error", "
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
+@functools.lru_cache(maxsize=4096)
 def origin_of(url: str) -> str:
     """`scheme://host:port` with the port always written out, lower case: what a secret is bound to."""
     parts = urlsplit(url)
@@ -149,6 +150,14 @@ class Reading:
     latency_ms: float | None = None
 
 
+class Marker(Protocol):
+    """Selects, by bytes, what is worth parsing. A compiled pattern is one; several quick scans may be a faster one."""
+
+    def search(self, block: bytes, /) -> object:
+        """Something true when any event of `block` should be parsed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Chat:
     """Chat completions.
@@ -161,7 +170,7 @@ class Chat:
     """
 
     request: Callable[[Endpoint, Mapping[str, Any], str, bool], WireRequest]
-    marker: re.Pattern[bytes]
+    marker: Marker
     read_event: Callable[[bytes], Event]
     read_completion: Callable[[bytes], Completion]
 

@@ -7,7 +7,7 @@ import ipaddress
 import secrets
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from proxy import keys
@@ -32,9 +32,9 @@ class Caller:
     key_id: str
     name: str
     owner: str
-    digest: str
+    digest: str = field(repr=False)
     pepper: int
-    previous_digest: str = ""
+    previous_digest: str = field(default="", repr=False)
     previous_pepper: int = 0
     previous_until: float = 0.0
     expires_at: float | None = None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from pathlib import Path
 
 from django.conf import settings
 
@@ -27,9 +28,10 @@ class Gateway:
     breakers, limits, registry: as their modules say.
     """
 
-    def __init__(self, *, watcher: Watcher, spool: Spool, registry: Registry, limits: Limits) -> None:
+    def __init__(self, *, watcher: Watcher, spool_dir: Path, registry: Registry, limits: Limits) -> None:
         self.watcher = watcher
-        self.spool = spool
+        self._spool_dir = spool_dir
+        self.spool = Spool(spool_dir)
         self.registry = registry
         self.limits = limits
         self.breakers = Breakers()
@@ -38,6 +40,8 @@ class Gateway:
 
     async def start(self) -> None:
         """Read the configuration, open the spool, begin to sweep. Raises when the database cannot be read."""
+        # A worker is forked after this was made, and every worker writes a spool of its own.
+        self.spool = Spool(self._spool_dir)
         await asyncio.to_thread(self.watcher.start)
         self.spool.run()
         self._sweeper = asyncio.create_task(self._sweep())
@@ -69,7 +73,7 @@ class Gateway:
 
 GATEWAY = Gateway(
     watcher=WATCHER,
-    spool=Spool(settings.SPOOL_DIR),
+    spool_dir=settings.SPOOL_DIR,
     registry=REGISTRY,
     limits=Limits(settings.REDIS_URL, workers=settings.WEB_CONCURRENCY),
 )

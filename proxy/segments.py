@@ -99,11 +99,12 @@ def decode(line: bytes) -> dict[str, Any] | None:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """`value` as something every JSON reader and database holds: bounded text, 64-bit integers, at most 32 levels."""
+    """`value` as something every JSON reader and database holds: bounded text, at most 32 levels, and integers
+    of 64 bits (a larger one becomes a float just as absurd, so that a reader still sees that it was)."""
     if value is None or isinstance(value, bool | float):
         return value
     if isinstance(value, int):
-        return max(-(2**63), min(value, 2**63 - 1))
+        return value if -(2**63) <= value < 2**63 else float("1e300" if value > 0 else "-1e300")
     if isinstance(value, dict) and depth < 32:
         return {_plain(str(key)): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple) and depth < 32:

@@ -32,6 +32,8 @@ SEGMENT_SECONDS = 5.0
 TICK_SECONDS = 1.0
 FINAL_BYTES = 1024
 """What a final record may need beyond the bytes of its start, without its trace."""
+ROOM_BYTES = 16 * 1024
+"""With less space than this the spool is about to refuse, and says so."""
 
 
 class SpoolUnavailable(Exception):
@@ -110,7 +112,7 @@ class Spool:
         """Why starts are refused right now, in a few words; None while all is well."""
         if self._pending:
             return "final records wait in memory"
-        return next(iter(self._refusals.copy().values()), None)
+        return next(iter(self._refusals.copy().values()), self._problems.get("make room"))
 
     # -- the event loop's side
 
@@ -177,7 +179,7 @@ class Spool:
 
     def run(self) -> None:
         """Open the first segment and start the thread. A disk that refuses is reported by `problem`, not raised."""
-        self._guard("open", self._open_first)
+        self._guard("make room", self._make_room)
         self._guard("measure", self._measure)
         self._thread = threading.Thread(target=self._loop, name="spool", daemon=True)
         self._thread.start()
@@ -200,6 +202,7 @@ class Spool:
         if self._due():
             self._guard("rotate", self._rotate)
             self._guard("final", self._write_pending)
+        self._guard("make room", self._make_room)
         self._guard("sync", self._sync)
         self._guard("measure", self._measure)
 
@@ -243,10 +246,12 @@ class Spool:
         old = time.monotonic() - segment.born >= self._segment_seconds
         return segment.finals > 0 and (old or segment.size - segment.copied >= self._segment_bytes)
 
-    def _open_first(self) -> None:
+    def _make_room(self) -> None:
+        """Reserve space here, so that the event loop seldom has to; that it fails is how `problem` knows of a full disk."""
         with self._lock:
-            if self._segment is None:
-                self._first_segment()
+            if "closed" not in self._refusals:
+                segment = self._segment or self._first_segment()
+                segment.reserve(segment.size + self._promised + ROOM_BYTES)
 
     def _first_segment(self) -> Segment:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -26,6 +26,8 @@ _CONTEXT_CODES = frozenset(
 _POLICY_CODES = frozenset(
     {"content_policy_violation", "content_filter", "responsibleaipolicyviolation", "moderation_blocked"}
 )
+_KEY_CODES = frozenset({"invalid_api_key", "api_key_invalid"})
+_KEY = re.compile(r"api[ _]key (?:not valid|expired|is invalid)|invalid api[ _]key", re.IGNORECASE)
 _MODEL_CODES = frozenset({"model_not_found", "model_not_available", "invalid_model"})
 _CONTEXT = re.compile(
     r"context[ _-](?:length|window|size|limit)|prompt is too long|input is too long|longer than the maximum model length"
@@ -158,6 +160,8 @@ def _refusal(complaint: Complaint) -> type[errors.UpstreamError]:
         return errors.ContentPolicyViolation
     if complaint.says(_MODEL_CODES, _MODEL):
         return errors.UpstreamModelNotFound
+    if complaint.says(_KEY_CODES, _KEY):  # Google says it with 400.
+        return errors.CredentialRejected
     return errors.UpstreamRefused
 
 

@@ -35,10 +35,27 @@ Address = Callable[[Endpoint], str]
 
 JSON: Headers = (("Content-Type", "application/json"),)
 
-MARKER = re.compile(
-    rb'"(?:usage"\s*:\s*\{|finish_reason"\s*:\s*"|error"\s*:\s*[^\s,}n]|object"\s*:\s*"error")|\[DONE\]'
-)
-"""Usage, a finish reason, an error, the end. It may select too much, never too little."""
+_COUNTED_OR_FINISHED = re.compile(rb'_(?:reason"\s*:\s*"|tokens"\s*:)')
+_FAILED = re.compile(rb'"error"\s*(?::\s*[^\sn]|[,}])')
+
+
+class _Marker:
+    """Usage, a finish reason, an error, the end. It may select too much, never too little.
+
+    Three scans for a fixed beginning each take a third of the time of one pattern with alternatives.
+    """
+
+    __slots__ = ()
+
+    def search(self, block: bytes, /) -> object:
+        return (
+            _COUNTED_OR_FINISHED.search(block)
+            or (b'"error"' in block and _FAILED.search(block))
+            or b"[DONE]" in block
+        )
+
+
+MARKER = _Marker()
 
 _COMMITTING = (
     "content",
@@ -137,7 +154,7 @@ def read_usage(payload: Mapping[str, Any]) -> Usage | None:
     OpenRouter `cache_write_tokens`. Groq also puts the whole under `x_groq`.
     """
     told = mapping(payload.get("usage")) or mapping(mapping(payload.get("x_groq")).get("usage"))
-    if not told:
+    if not told.keys() & {"prompt_tokens", "completion_tokens"}:
         return None
     prompt, completion = count(told.get("prompt_tokens")), count(told.get("completion_tokens"))
     if prompt is None or completion is None:
@@ -231,11 +248,16 @@ def _context_window(row: Mapping[str, Any]) -> int | None:
 
 
 def _capabilities(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Mistral `capabilities` (name -> bool), Cohere `endpoints`, OpenRouter and Ollama lists of words."""
+    """Mistral `capabilities` (name -> bool), Cohere `endpoints` (a list of words), Fireworks `supports_...` (bool)."""
     told = row.get("capabilities") or row.get("endpoints")
     if isinstance(told, dict):
         told = [name for name, has in told.items() if has is True]
-    return tuple(word[:64] for word in told[:32] if isinstance(word, str)) if isinstance(told, list) else ()
+    words = (
+        told
+        if isinstance(told, list)
+        else [name for name in row if name.startswith("supports_") and row[name] is True]
+    )
+    return tuple(word[:64] for word in words[:32] if isinstance(word, str))
 
 
 def guess_purposes(name: str, words: Iterable[str] = ()) -> tuple[Purpose, ...]:
@@ -243,7 +265,7 @@ def guess_purposes(name: str, words: Iterable[str] = ()) -> tuple[Purpose, ...]:
     lowered = f"{name} {' '.join(words)}".lower()
     told = set(words)
     purposes: list[Purpose] = []
-    if told & {"chat", "completion_chat", "completion", "language"}:
+    if told & {"chat", "completion_chat", "completion", "supports_chat"}:
         purposes.append("chat")
     if "embed" in lowered or told & {"feature-extraction"}:
         purposes.append("embeddings")

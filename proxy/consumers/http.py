@@ -102,6 +102,7 @@ class HttpSink:
 
     def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
         self._send = send
+        self._state = scope.get("state", {})
         self._request_id = request_id
         self._shared = (*ALWAYS, (b"x-request-id", request_id.encode()), *cors_headers(scope))
         self._streams = False
@@ -133,7 +134,9 @@ class HttpSink:
         """Tell what went wrong: as a status while nothing was sent, else as the stream's one and last error event."""
         if self.begun and self._streams:
             event = openai.error_event(error.status, error.code, error.text, self._request_id)
-            await self._send({"type": "http.response.body", "body": event, "more_body": False, "close": True})
+            # The server closes the connection after this (config.connection).
+            self._state["close"] = True
+            await self.end(event)
             return
         metrics.REFUSED.labels(error.code).inc()
         body = openai.error(error.status, error.code, error.text, self._request_id, error.param)

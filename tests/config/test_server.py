@@ -436,6 +436,16 @@ def test_r32_a_head_that_comes_byte_by_byte_is_cut(impatient: Toy) -> None:
     assert json_of(answer)["error"]["code"] == "request_timeout"
 
 
+def test_r32_a_first_head_is_timed_from_the_accept(serve: Callable[..., Toy]) -> None:
+    toy = serve(limits={**SHORT, "head_seconds": 1.0})
+    with toy.dial() as sock:
+        began = time.monotonic()
+        time.sleep(0.8)
+        sock.sendall(GET + b"X: ")
+        assert statuses(trickle(sock, b"a", seconds=2)) == [408]
+        assert time.monotonic() - began < 1.6
+
+
 def test_r32_a_second_head_that_comes_byte_by_byte_is_cut(impatient: Toy) -> None:
     with impatient.dial() as sock:
         sock.sendall(GET + b"\r\n")
@@ -547,7 +557,13 @@ def is_established(port: int, peer: str) -> bool:
 
 # -- stopping (F33) ---------------------------------------------------------------------------------------------------
 
-STOPPING = {"sweep_seconds": 0.05, "drain_seconds": 0.6, "interrupt_seconds": 0.4, "grace_seconds": 0.2}
+STOPPING = {
+    "sweep_seconds": 0.05,
+    "drain_seconds": 0.6,
+    "interrupt_seconds": 0.4,
+    "grace_seconds": 0.2,
+    "cleanup_seconds": 0.6,
+}
 
 
 def begin_stream(toy: Toy, target: bytes) -> socket.socket:
@@ -587,6 +603,14 @@ def test_f33_an_application_that_ignores_the_interruption_does_not_hold_the_exit
 ) -> None:
     toy = serve(limits=dict(STOPPING))
     with begin_stream(toy, b"/stubborn"):
+        assert toy.stop() == 0
+    assert toy.process.stdout is not None
+    assert toy.process.stdout.read().split("\n")[:2] == ["cancelled", "lifespan ended"]
+
+
+def test_f33_a_thread_that_never_returns_does_not_hold_the_exit(serve: Callable[..., Toy]) -> None:
+    toy = serve(limits=dict(STOPPING))
+    with begin_stream(toy, b"/thread"):
         assert toy.stop() == 0
 
 
@@ -676,9 +700,10 @@ def test_a_killed_worker_is_replaced_and_all_drain_when_the_parent_is_told(serve
     victim = children(toy.process.pid)[0]
     os.kill(victim, signal.SIGKILL)
     until(lambda: victim not in children(toy.process.pid) and len(children(toy.process.pid)) == 2)
-    with begin_stream(toy, b"/stream?20") as sock:
+    with begin_stream(toy, b"/stream?30") as sock:
         toy.process.send_signal(signal.SIGTERM)
         until(lambda: not answers(toy), seconds=3)
+        assert toy.process.poll() is None
         assert toy.process.wait(timeout=10) == 0
         assert b"[DONE]" in read_to_end(sock)
 

@@ -7,6 +7,7 @@ The port is printed as the first line.
 import asyncio
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,17 @@ async def stream(scope: Any, receive: Any, send: Any) -> None:
 async def stubborn(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"data: 0\n\n", "more_body": True})
-    await asyncio.sleep(3600)
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        print("cancelled", flush=True)
+        raise
+
+
+async def thread(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"data: 0\n\n", "more_body": True})
+    await asyncio.to_thread(time.sleep, 3600)
 
 
 async def flood(scope: Any, receive: Any, send: Any) -> None:
@@ -166,6 +177,7 @@ PAGES = {
     "/stream": stream,
     "/stubborn": stubborn,
     "/flood": flood,
+    "/thread": thread,
 }
 
 

@@ -39,7 +39,9 @@ class Exchange:
     @property
     def headers(self) -> dict[str, str]:
         lines = self.head.decode("latin-1").split("\r\n")[1:]
-        return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)}
+        return {
+            name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines if line)
+        }
 
     async def send(self, data: bytes) -> None:
         self.writer.write(data)
@@ -196,7 +198,9 @@ async def test_cookies_of_an_answer_are_forgotten(sessions: client.Sessions) -> 
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
         for _ in range(2):
-            await upstream.read_bounded(await upstream.stream(sessions, where, question(where), credential=None), 9)
+            await upstream.read_bounded(
+                await upstream.stream(sessions, where, question(where), credential=None), 9
+            )
         assert "cookie" not in server.exchanges[1].headers
 
 
@@ -229,8 +233,12 @@ async def ask(where: Endpoint, key: Credential | None = None, **limits: Any) -> 
     return await upstream.ask(where, request, credential=key, **{"timeout": 5.0, **limits})
 
 
-@pytest.mark.parametrize("base_url", ["http://169.254.169.254/v1", "http://[::ffff:a9fe:a9fe]/v1", "http://0.0.0.0:80/v1"])
-async def test_r19_a_metadata_address_is_refused_when_dialled(sessions: client.Sessions, base_url: str) -> None:
+@pytest.mark.parametrize(
+    "base_url", ["http://169.254.169.254/v1", "http://[::ffff:a9fe:a9fe]/v1", "http://0.0.0.0:80/v1"]
+)
+async def test_r19_a_metadata_address_is_refused_when_dialled(
+    sessions: client.Sessions, base_url: str
+) -> None:
     where = endpoint(0, base_url=base_url)
     with pytest.raises(errors.DestinationNotAllowed):
         await upstream.stream(sessions, where, question(where), credential=None)
@@ -310,26 +318,36 @@ async def test_r21_one_forbidden_record_refuses_all(
         assert server.connections == 0
 
 
-async def test_r21_a_name_that_moves_to_a_forbidden_address_is_refused_there(names: dict[str, list[str]]) -> None:
+async def test_r21_a_name_that_moves_to_a_forbidden_address_is_refused_there(
+    names: dict[str, list[str]],
+) -> None:
     async with Server(quiet).listening() as server:
         where = endpoint(0, base_url=f"http://moving.example:{server.port}/v1")
         names["moving.example"] = ["127.0.0.1"]
         async with client.Sessions() as sessions:
-            await upstream.read_bounded(await upstream.stream(sessions, where, question(where), credential=None), 99)
+            await upstream.read_bounded(
+                await upstream.stream(sessions, where, question(where), credential=None), 99
+            )
             names["moving.example"] = ["169.254.169.254"]
             for session in sessions._sessions.values():
                 session.connector.clear_dns_cache()  # type: ignore[union-attr]
             # The pooled connection leads to where it was checked; a new one is checked anew.
-            await upstream.read_bounded(await upstream.stream(sessions, where, question(where), credential=None), 99)
+            await upstream.read_bounded(
+                await upstream.stream(sessions, where, question(where), credential=None), 99
+            )
         assert server.connections == 1
         async with client.Sessions() as sessions:
             with pytest.raises(errors.DestinationNotAllowed):
                 await upstream.stream(sessions, where, question(where), credential=None)
-        assert (await asyncio.gather(ask(where), return_exceptions=True))[0].__class__ is errors.DestinationNotAllowed
+        assert (await asyncio.gather(ask(where), return_exceptions=True))[
+            0
+        ].__class__ is errors.DestinationNotAllowed
         assert server.connections == 1
 
 
-async def test_f12_an_unknown_name_fails_at_once(sessions: client.Sessions, names: dict[str, list[str]]) -> None:
+async def test_f12_an_unknown_name_fails_at_once(
+    sessions: client.Sessions, names: dict[str, list[str]]
+) -> None:
     names["nowhere.example"] = []
     where = endpoint(0, base_url="https://nowhere.example/v1")
     started = time.monotonic()
@@ -402,7 +420,9 @@ async def test_r29_a_compressed_answer_is_refused_unread(sessions: client.Sessio
     assert "compressed" in caught.value.detail
 
 
-async def test_r30_a_body_above_its_limit_is_refused_and_the_connection_closed(sessions: client.Sessions) -> None:
+async def test_r30_a_body_above_its_limit_is_refused_and_the_connection_closed(
+    sessions: client.Sessions,
+) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n")
         while not exchange.writer.is_closing():
@@ -418,7 +438,9 @@ async def test_r30_a_body_above_its_limit_is_refused_and_the_connection_closed(s
             await ask(where, max_bytes=1_000_000)
 
 
-async def test_r53_an_upstream_that_repeats_our_key_in_its_error_tells_nobody(sessions: client.Sessions) -> None:
+async def test_r53_an_upstream_that_repeats_our_key_in_its_error_tells_nobody(
+    sessions: client.Sessions,
+) -> None:
     half = len(SECRET) // 2
 
     async def handler(exchange: Exchange) -> None:
@@ -572,6 +594,25 @@ async def test_f13_a_pooled_connection_closed_by_the_peer_is_retried_once_on_a_f
         assert server.exchanges[2].body == server.exchanges[1].body != b""
 
 
+async def test_f13_nothing_is_sent_twice_once_an_answer_has_begun(sessions: client.Sessions) -> None:
+    async def handler(exchange: Exchange) -> None:
+        if exchange is server.exchanges[0]:
+            await exchange.answer(b"first")
+        else:
+            await exchange.send(b"HTTP/1.1 200 OK\r\nContent-")
+            exchange.writer.close()
+
+    server = Server(handler)
+    async with server.listening():
+        where = endpoint(server.port)
+        await upstream.read_bounded(
+            await upstream.stream(sessions, where, question(where), credential=None), 100
+        )
+        with pytest.raises(errors.ConnectFailed):
+            await upstream.stream(sessions, where, question(where), credential=None)
+        assert len(server.exchanges) == 2
+
+
 async def test_f13_a_second_closed_connection_is_an_error(sessions: client.Sessions) -> None:
     async def handler(exchange: Exchange) -> None:
         if exchange is server.exchanges[0]:
@@ -582,13 +623,17 @@ async def test_f13_a_second_closed_connection_is_an_error(sessions: client.Sessi
     server = Server(handler)
     async with server.listening():
         where = endpoint(server.port)
-        await upstream.read_bounded(await upstream.stream(sessions, where, question(where), credential=None), 100)
+        await upstream.read_bounded(
+            await upstream.stream(sessions, where, question(where), credential=None), 100
+        )
         with pytest.raises(errors.ConnectFailed):
             await upstream.stream(sessions, where, question(where), credential=None)
         assert len(server.exchanges) == 3
 
 
-async def test_f13_no_request_fails_while_the_peer_closes_after_every_answer(sessions: client.Sessions) -> None:
+async def test_f13_no_request_fails_while_the_peer_closes_after_every_answer(
+    sessions: client.Sessions,
+) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.answer(b"{}")
         exchange.writer.close()
@@ -705,7 +750,9 @@ async def test_the_name_is_kept_for_host_and_sni_when_the_checked_address_is_dia
         assert {exchange.headers["host"] for exchange in server.exchanges} == {f"gpu.example:{server.port}"}
 
 
-async def test_plain_http_to_a_public_address_is_refused(names: dict[str, list[str]], sessions: client.Sessions) -> None:
+async def test_plain_http_to_a_public_address_is_refused(
+    names: dict[str, list[str]], sessions: client.Sessions
+) -> None:
     names["public.example"] = ["192.31.196.1"]
     where = endpoint(0, base_url="http://public.example/v1")
     with pytest.raises(errors.DestinationNotAllowed):
@@ -782,7 +829,18 @@ async def test_a_file_that_is_no_small_text_of_one_line_is_refused(tmp_path: Pat
     settings.DATA_DIR.mkdir()
     (settings.DATA_DIR / "db").write_text("ours")
     (tmp_path / "link").symlink_to(settings.DATA_DIR / "db")
-    for name in ("big", "binary", "lines", "empty", "folder", "pipe", "missing", "data/db", "link", "data/../data/db"):
+    for name in (
+        "big",
+        "binary",
+        "lines",
+        "empty",
+        "folder",
+        "pipe",
+        "missing",
+        "data/db",
+        "link",
+        "data/../data/db",
+    ):
         with pytest.raises(errors.CredentialUnavailable):
             await asyncio.wait_for(value_of(f"file://{tmp_path}/{name}"), 2)
     for path in ("/proc/self/environ", "/dev/zero", "relative", "", "host/etc/hostname", "/etc/host\0name"):

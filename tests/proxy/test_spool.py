@@ -91,8 +91,12 @@ def test_whatever_a_record_holds_becomes_one_line_that_reads_back(record: dict[s
 
 
 @given(texts=st.lists(st.text(max_size=20), min_size=1, max_size=5), data=st.data())
-def test_f26_a_segment_cut_anywhere_reads_as_the_lines_that_were_whole(texts: list[str], data: st.DataObject) -> None:
-    lines = [segments.encode({"t": "final", "id": str(n), "error_code": text}) for n, text in enumerate(texts)]
+def test_f26_a_segment_cut_anywhere_reads_as_the_lines_that_were_whole(
+    texts: list[str], data: st.DataObject
+) -> None:
+    lines = [
+        segments.encode({"t": "final", "id": str(n), "error_code": text}) for n, text in enumerate(texts)
+    ]
     whole = b"".join(lines)
     cut = data.draw(st.integers(0, len(whole)))
     zeros = data.draw(st.sampled_from([b"", bytes(100)]))
@@ -109,7 +113,9 @@ def test_f26_a_changed_byte_costs_the_records_it_touches_and_no_others(data: st.
     place = data.draw(st.integers(0, len(whole) - 1))
     whole[place] ^= data.draw(st.integers(1, 255))
     hit = next(n for n in range(5) if place < sum(map(len, lines[: n + 1])))
-    read = segments.read(bytes(whole).split(b"\n") and [part + b"\n" for part in bytes(whole).split(b"\n")][:-1])
+    read = segments.read(
+        bytes(whole).split(b"\n") and [part + b"\n" for part in bytes(whole).split(b"\n")][:-1]
+    )
     lost = {str(n) for n in range(5)} - set(read.finals)
     assert str(hit) in lost
     assert lost <= {str(hit), str(hit + 1)}  # a newline that is gone joins two lines
@@ -152,7 +158,8 @@ def test_f35_attempt_ids_grow_when_the_clock_is_set_back(monkeypatch: pytest.Mon
 def test_attempt_ids_of_several_threads_never_meet() -> None:
     found: list[str] = []
     threads = [
-        threading.Thread(target=lambda: found.extend(new_attempt_id() for _ in range(2_000))) for _ in range(4)
+        threading.Thread(target=lambda: found.extend(new_attempt_id() for _ in range(2_000)))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -201,7 +208,7 @@ def test_an_idle_spool_does_not_rotate(spool: Spool) -> None:
 
 
 def test_a_segment_is_closed_when_it_is_large(tmp_path: Path) -> None:
-    spool = Spool(tmp_path, segment_seconds=NEVER, segment_bytes=2_000)
+    spool = Spool(tmp_path, segment_seconds=NEVER, segment_bytes=1_000)
     for number in range(6):
         spool.start(a_start(str(number)))
         spool.finish(a_final(str(number)))
@@ -345,7 +352,12 @@ FULL_DISK = """
 def fill(directory: Path, prelude: str = "") -> dict[str, Any]:
     script = textwrap.dedent(prelude) + textwrap.dedent(FULL_DISK)
     done = subprocess.run(
-        [sys.executable, "-c", script, str(directory)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script, str(directory)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -354,7 +366,7 @@ def fill(directory: Path, prelude: str = "") -> dict[str, Any]:
 
 def assert_nothing_was_lost(answer: dict[str, Any], directory: Path) -> None:
     assert answer["refused"]
-    assert answer["problems"] == [None, None]
+    assert "final records wait in memory" not in answer["problems"]
     read = contents(directory)
     finals = {key: final for one in read for key, final in one.finals.items()}
     assert len(answer["began"]) > 10
@@ -368,18 +380,22 @@ def test_f26_a_file_that_may_not_grow_still_takes_every_final_record(tmp_path: P
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mountpoint = tmp_path / "disk"
-    mountpoint.mkdir()
+def small_disk() -> Iterator[Path]:
+    """Half a megabyte of tmpfs; outside pytest's folders, so that a mount left by a killed run is in nobody's way."""
+    mountpoint = Path(tempfile.mkdtemp(prefix="small-disk-"))
     command = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(mountpoint)]
     try:
-        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+        mounted = (
+            os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+        )
     except OSError:
         mounted = False
     if not mounted:
+        mountpoint.rmdir()
         pytest.skip("mounting a small tmpfs is not allowed here")
     yield mountpoint
-    subprocess.run(["umount", str(mountpoint)], check=True)
+    subprocess.run(["umount", "--lazy", str(mountpoint)], check=True)
+    mountpoint.rmdir()
 
 
 def test_f26_a_full_disk_refuses_starts_and_still_takes_every_final_record(small_disk: Path) -> None:
@@ -390,15 +406,15 @@ def test_f26_a_full_disk_is_used_again_when_there_is_room(small_disk: Path) -> N
     ballast = small_disk / "ballast"
     spool = Spool(small_disk / "spool", segment_seconds=0)
     spool.start(a_start("a"))
-    with ballast.open("wb") as file, pytest.raises(OSError, match="No space"):
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(bytes(4096))
-            file.flush()
     with pytest.raises(SpoolUnavailable):
         for number in range(10_000):
             spool.start(a_start(f"more-{number}"))
     spool.finish(a_final("a"))
     spool.tick()
+    assert spool.problem
     ballast.unlink()
     spool.tick()
     spool.start(a_start("b"))

@@ -31,8 +31,9 @@ UNTIL_CLOSE = -1
 class Connection(asyncio.Protocol):
     """One accepted connection: reads requests, runs the chosen behaviour for one after another, notices the peer leave."""
 
-    def __init__(self, ledger: Ledger, choose: Choose) -> None:
+    def __init__(self, ledger: Ledger, choose: Choose, registry: set[Connection]) -> None:
         self.ledger = ledger
+        self._registry = registry  # the connections that are not lost yet
         self._choose = choose
         self._received = bytearray()
         self._more = asyncio.Event()
@@ -40,11 +41,11 @@ class Connection(asyncio.Protocol):
         self._writable.set()
         self.record: Record | None = None
         self.left = False  # by the peer or by us
-        self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self._registry.add(self)
         self.number = self.ledger.count_connection(1)
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
@@ -57,6 +58,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._peer_left()
+        self._registry.discard(self)
         self.ledger.count_connection(-1)
 
     def pause_writing(self) -> None:
@@ -64,10 +66,6 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._writable.set()
-
-    @property
-    def open(self) -> bool:
-        return hasattr(self, "transport") and not self.transport.is_closing()
 
     async def write(self, data: bytes) -> None:
         """Hand bytes to the kernel, no faster than it takes them."""

@@ -13,6 +13,7 @@ so that probes and lists of models do not disturb it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import ssl
 import threading
 from collections import deque
@@ -42,33 +43,25 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(STOP_TIMEOUT)
 
     def stop(self) -> None:
-        if self.loop.is_closed():
-            return
-        self.run(self._cancel_all())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(STOP_TIMEOUT)
         self.loop.close()
 
-    @staticmethod
-    async def _cancel_all() -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)
-
 
 class Listener:
-    """A listening socket on loopback whose connections are made by `accept`; it may refuse for a while."""
+    """A listening socket on loopback; it may refuse for a while.
+
+    accept: makes the protocol of a connection, which keeps itself in the given set until it is lost.
+    """
 
     def __init__(
-        self, accept: Callable[[], Connection], *, name: str, tls: ssl.SSLContext | None = None
+        self, accept: Callable[[set[Connection]], Connection], *, name: str, tls: ssl.SSLContext | None = None
     ) -> None:
-        self._accept = accept
+        self._connections: set[Connection] = set()
+        self._accept = functools.partial(accept, self._connections)
         self._tls = tls
         self._thread = LoopThread(name)
         self._server: asyncio.Server | None = None
-        self._connections: list[Connection] = []
         self.port = 0
         self.listen()
 
@@ -97,13 +90,14 @@ class Listener:
     def stop(self) -> None:
         if not self._thread.loop.is_closed():
             self.refuse()
+            self._thread.run(self._all_lost())
             self._thread.stop()
 
     async def _listen(self) -> None:
         if self._server is None:
             loop = asyncio.get_running_loop()
             self._server = await loop.create_server(
-                self._connected, LOOPBACK, self.port, ssl=self._tls, backlog=2048
+                self._accept, LOOPBACK, self.port, ssl=self._tls, backlog=2048
             )
             self.port = self._server.sockets[0].getsockname()[1]
 
@@ -115,16 +109,14 @@ class Listener:
 
     async def _drop(self) -> None:
         await asyncio.sleep(0)  # what was accepted just now gets its transport
-        connections, self._connections = self._connections, []
-        for connection in connections:
-            if connection.open:
-                connection.close(reset=True)
-        await asyncio.sleep(0)
+        for connection in list(self._connections):
+            connection.close(reset=True)
 
-    def _connected(self) -> Connection:
-        self._connections = [connection for connection in self._connections if not connection.left]
-        self._connections.append(self._accept())
-        return self._connections[-1]
+    async def _all_lost(self) -> None:
+        """Until no connection and no task is left: also one that was accepted while we stopped listening."""
+        while len(asyncio.all_tasks()) > 1 or self._connections:
+            await self._drop()
+            await asyncio.sleep(0.001)
 
 
 class Upstream(Listener):
@@ -139,7 +131,7 @@ class Upstream(Listener):
         self._default = default or ok()
         self._script: deque[Behaviour] = deque()
         self._paths: dict[str, Behaviour] = {}
-        super().__init__(lambda: Connection(self.ledger, self._choose), name="upstream", tls=tls)
+        super().__init__(functools.partial(Connection, self.ledger, self._choose), name="upstream", tls=tls)
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)

@@ -7,6 +7,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand
 from django.db import connections
 
+from config.connection import Limits
 from config.server import Config, Server, bind, harden_process
 from config.workers import Workers
 
@@ -21,15 +22,23 @@ class Command(BaseCommand):
         parser.add_argument(
             "--port", type=int, default=settings.PORT, help="port to listen on, instead of PORT"
         )
+        parser.add_argument(
+            "--grace",
+            type=float,
+            default=Limits().grace_seconds,
+            help="seconds to go on accepting after the signal to stop, until balancers have noticed",
+        )
 
-    def handle(self, *args: object, host: str, port: int, **options: object) -> None:
+    def handle(self, *args: object, host: str, port: int, grace: float, **options: object) -> None:
         """Bind, then run one server here or several in workers."""
         harden_process()
         sock = bind(host, port)
         from config.asgi import application
         from proxy.inflight import REGISTRY
 
-        config = Config(application, trusted_proxies=settings.TRUSTED_PROXIES)
+        config = Config(
+            application, limits=Limits(grace_seconds=grace), trusted_proxies=settings.TRUSTED_PROXIES
+        )
 
         def work() -> None:
             Server(config, drain=REGISTRY).run(sockets=[sock])
