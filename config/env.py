@@ -93,9 +93,9 @@ class Reader:
     def names_list(self, name: str, default: str = "") -> list[str]:
         return self.read(name, _words(default), _words, "write names separated by commas")
 
-    def networks(self, name: str, default: str = "") -> list[Network]:
-        def cast(text: str) -> list[Network]:
-            return [ipaddress.ip_network(word) for word in _words(text)]
+    def networks(self, name: str, default: str = "") -> tuple[Network, ...]:
+        def cast(text: str) -> tuple[Network, ...]:
+            return tuple(ipaddress.ip_network(word) for word in _words(text))
 
         return self.read(name, cast(default), cast, "write networks like 10.0.0.0/8, separated by commas")
 

@@ -47,13 +47,17 @@ local function fits(c, p, n, limit)
   return limit < 0 or p * (W - elapsed) + (c + n) * W <= limit * W
 end
 
+local function exclusive(score) return string.format('(%.0f', score) end
+
+-- Nothing is written before the request is taken, and removing comes last: a full Redis lets a script that has written
+-- go on, and it should rather say that it is full. A lease beyond `latest` is not ours, or the clock was set back.
+local latest = now + lease + 1000000
 local rc, rp, tc, tp, running = 0, 0, 0, 0, 0
 if requests >= 0 then rc, rp = read(KEYS[1]) end
 if tokens >= 0 then tc, tp = read(KEYS[2]) end
 if most >= 0 then
-  if failed(redis.pcall('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)) then redis.call('DEL', KEYS[3]) end
-  redis.call('ZREMRANGEBYSCORE', KEYS[3], string.format('(%.0f', now + lease + 1000000), '+inf')
-  running = redis.call('ZCARD', KEYS[3])
+  running = redis.pcall('ZCOUNT', KEYS[3], exclusive(now), latest)
+  if failed(running) then redis.call('DEL', KEYS[3]) running = 0 end
 end
 
 local verdict = 0
@@ -66,6 +70,8 @@ else
   if most >= 0 then
     redis.call('ZADD', KEYS[3], now + lease, member)
     redis.call('PEXPIRE', KEYS[3], math.ceil(lease / 1000) + 1000)
+    redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
+    redis.call('ZREMRANGEBYSCORE', KEYS[3], exclusive(latest), '+inf')
   end
 end
 return {verdict, index, elapsed, rc, rp, tc, tp}

@@ -34,7 +34,13 @@ UNDELIVERED = 20_000
 Word = str | int | float | bytes | memoryview
 Words = tuple[Word, ...]
 
-_LOADS = b"".join([pack_command(("SCRIPT", "LOAD", script.source)) for script in SCRIPTS])
+
+def _packed(words: Words) -> bytes:
+    packed: bytes = pack_command(words)  # type: ignore[arg-type]  # the stub says tuple[X], and means tuple[X, ...]
+    return packed
+
+
+_LOADS = b"".join([_packed(("SCRIPT", "LOAD", script.source)) for script in SCRIPTS])
 
 
 class LinkFailed(Exception):
@@ -142,7 +148,7 @@ class Link:
                     self._settle(operation, reply)
 
     async def _exchange(self, batch: list[Operation]) -> list[object]:
-        payload = b"".join([pack_command(operation.words) for operation in batch])
+        payload = b"".join([_packed(operation.words) for operation in batch])
         connection = self._connection = self._connection or _make_connection(self._url)
         replies: list[object] = []
         try:
@@ -155,7 +161,7 @@ class Link:
                             raise
                         # Closed while it was idle, or the server was restarted: once more, on a new one.
                         await connection.disconnect(nowait=True)
-                await connection.connect()
+                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py has it without types
                 await _round_trip(connection, _LOADS, len(SCRIPTS), [])
                 return await _round_trip(connection, payload, len(batch), replies)
         except BaseException:
@@ -198,7 +204,7 @@ def _make_connection(url: str) -> AbstractConnection:
     pool = ConnectionPool.from_url(
         url, protocol=2, driver_info=None, socket_timeout=None, socket_connect_timeout=None, max_connections=1
     )
-    connection: AbstractConnection = pool.make_connection()
+    connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py has it without types
     return connection
 
 

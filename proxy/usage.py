@@ -22,16 +22,16 @@ from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, 
 from django.utils import timezone
 
 from proxy import segments
-from proxy.models.usage import SpoolSegment, UsageRecord
-from proxy.usage_rows import usage_record
+from proxy.models.usage import SpoolSegment, UsageStatus
+from proxy.usage_rows import Row, insert, usage_row
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = "drainer.lock"
 REJECTED = ".rejected"
 """Suffix of a segment that holds a record which no database took; kept for a person to look at."""
-BATCH = 500
-"""Rows per INSERT."""
+BATCH = 1000
+"""Rows per statement."""
 SECONDS_BETWEEN_PASSES = 1.0
 KEEP_NAMES = timedelta(days=7)
 RUBBISH_SECONDS = 60.0
@@ -161,7 +161,7 @@ def _drain_segment(directory: Path, worker: str, number: int) -> DrainReport:
             logger.error("%d corrupt lines in spool segment %s were skipped", contents.corrupt, path.name)
         records = list(contents.finals.values())
         unfinished = list(contents.open_starts.values()) if abandoned else []
-        records += [{**start, "status": UsageRecord.Status.INTERRUPTED} for start in unfinished]
+        records += [{**start, "status": UsageStatus.INTERRUPTED} for start in unfinished]
         rejected = _insert(path.name, records)
         if rejected:
             path.rename(path.with_name(path.name + REJECTED))
@@ -172,14 +172,15 @@ def _drain_segment(directory: Path, worker: str, number: int) -> DrainReport:
 
 def _insert(name: str, records: list[dict[str, Any]]) -> int:
     """Insert records and the segment's name in one transaction; how many were rejected."""
-    rows = [row for row in map(usage_record, records) if row is not None]
+    rows = [row for row in map(usage_row, records) if row is not None]
     unusable = len(records) - len(rows)
     if not records:
         return 0
     try:
         with transaction.atomic():
             SpoolSegment.objects.create(name=name, drained_at=timezone.now(), records=len(rows))
-            UsageRecord.objects.bulk_create(rows, batch_size=BATCH, ignore_conflicts=True)
+            for first in range(0, len(rows), BATCH):
+                insert(rows[first : first + BATCH])
     except (DataError, IntegrityError, ValueError) as error:
         if SpoolSegment.objects.filter(name=name).exists():
             return 0  # somebody else inserted it between our question and our answer
@@ -188,7 +189,7 @@ def _insert(name: str, records: list[dict[str, Any]]) -> int:
     return unusable
 
 
-def _insert_singly(name: str, rows: list[UsageRecord]) -> int:
+def _insert_singly(name: str, rows: list[Row]) -> int:
     """The slow way for a segment with a row that the database does not take: one bad row must not hold up the others."""
     rejected = 0
     with transaction.atomic():
@@ -196,10 +197,10 @@ def _insert_singly(name: str, rows: list[UsageRecord]) -> int:
         for row in rows:
             try:
                 with transaction.atomic():
-                    UsageRecord.objects.bulk_create([row], ignore_conflicts=True)
+                    insert([row])
             except (DataError, IntegrityError, ValueError):
                 rejected += 1
-                logger.exception("usage record %s was rejected", row.id)
+                logger.exception("usage record %s was rejected", row["id"])
     return rejected
 
 

@@ -5,13 +5,14 @@ What does not fit is made to fit and named in the row's trace under `usage_inval
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from django.db import models
+from django.db import connection, models
 
 from proxy.models.usage import COUNTS, TIMES, TokensSource, UsageRecord, UsageStatus
 
@@ -33,14 +34,20 @@ STATUSES = frozenset(UsageStatus.values)
 SOURCES = frozenset(TokensSource.values)
 
 
-def usage_record(record: Mapping[str, Any]) -> UsageRecord | None:
-    """The unsaved row of a final record (or of a start with a status); None when its id is no UUID."""
+Row = dict[str, Any]
+"""Values by column, for every column of UsageRecord."""
+
+COLUMNS = [field.column for field in UsageRecord._meta.concrete_fields]
+
+
+def usage_row(record: Mapping[str, Any]) -> Row | None:
+    """The row of a final record (or of a start with a status); None when its id is no UUID."""
     try:
         key = uuid.UUID(record["id"])
     except (KeyError, ValueError, TypeError, AttributeError):
         return None
     wrong: list[str] = []
-    values: dict[str, Any] = {name: _text(record.get(name), size) for name, size in TEXTS.items()}
+    values: Row = {name: _text(record.get(name), size) for name, size in TEXTS.items()}
     for name in COUNTS:
         values[name] = _whole(record, name, wrong) or 0
     for name in (*TIMES, *ROW_IDS):
@@ -52,7 +59,55 @@ def usage_record(record: Mapping[str, Any]) -> UsageRecord | None:
     values["status"] = _choice(record, "status", STATUSES, UsageStatus.ERROR, wrong)
     values["tokens_source"] = _choice(record, "tokens_source", SOURCES, TokensSource.NONE, wrong)
     values["created_at"] = _moment(record, key, wrong)
-    return UsageRecord(id=key, trace=_trace(record.get("trace"), wrong), **values)
+    values["trace"] = _trace(record.get("trace"), wrong)
+    return {"id": key, "cost_nanodollars": None, "price_id": None, **values}
+
+
+def insert(rows: Sequence[Row]) -> None:
+    """Insert rows in one statement; those that are there already are left as they are.
+
+    Not `bulk_create`: preparing 31 columns one by one costs 100 us a row, and PostgreSQL as much again to parse them.
+    An array per column (PostgreSQL) and a prepared statement (SQLite) replay the spool several times as fast. And where
+    SQLite's INSERT OR IGNORE would drop a row that breaks any rule, this one only passes over an id that is known.
+    """
+    if not rows:
+        return
+    # Only names of our own columns and types are put into the text.
+    into = f"INSERT INTO {_quoted(UsageRecord._meta.db_table)} ({', '.join(map(_quoted, COLUMNS))})"
+    with connection.cursor() as cursor:
+        if connection.vendor == "postgresql":
+            kinds = (
+                str(field.db_type(connection)).partition("(")[0]
+                for field in UsageRecord._meta.concrete_fields
+            )
+            arrays = ", ".join(f"%s::{kind}[]" for kind in kinds)
+            cursor.execute(
+                f"{into} SELECT * FROM UNNEST({arrays}) ON CONFLICT (id) DO NOTHING",  # noqa: S608  # see above
+                [[_json(row[name]) if name == "trace" else row[name] for row in rows] for name in COLUMNS],
+            )
+        else:
+            marks = ", ".join(["%s"] * len(COLUMNS))
+            cursor.executemany(
+                f"{into} VALUES ({marks}) ON CONFLICT (id) DO NOTHING",
+                [[_for_sqlite(name, row[name]) for name in COLUMNS] for row in rows],
+            )
+
+
+def _quoted(name: str) -> str:
+    return connection.ops.quote_name(name)
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def _for_sqlite(name: str, value: Any) -> Any:
+    """As Django itself writes these columns there."""
+    if name == "trace":
+        return _json(value)
+    if name == "id":
+        return value.hex
+    return connection.ops.adapt_datetimefield_value(value) if name == "created_at" else value
 
 
 def _whole(record: Mapping[str, Any], name: str, wrong: list[str], most: int = MAX_BIG) -> int | None:

@@ -8,6 +8,7 @@ import gzip
 import os
 import socket
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import trustme
 
-from providers import client, crypto, errors, upstream
+from providers import client, crypto, errors, replies, upstream
 from providers.adapters import KINDS
 from providers.destination import Policy
 from providers.wire import Answer, Credential, Endpoint, Timeouts, WireRequest
@@ -361,7 +362,7 @@ async def test_f12_an_unknown_name_fails_at_once(
 async def test_f12_a_slow_name_server_holds_up_nobody_else(
     sessions: client.Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, release = socket.getaddrinfo, __import__("threading").Event()
+    real, release = socket.getaddrinfo, threading.Event()
 
     def look_up(host: Any, *args: Any, **options: Any) -> Any:
         if host == "slow.example":
@@ -469,7 +470,7 @@ async def test_r30_of_a_huge_error_only_the_beginning_is_kept(sessions: client.S
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
         reply = await upstream.stream(sessions, where, question(where), credential=credential(where))
-        assert len(await upstream.read_bounded(reply, 1_000_000)) == upstream.MAX_ERROR_BYTES
+        assert len(await upstream.read_bounded(reply, 1_000_000)) == replies.MAX_ERROR_BYTES
 
 
 async def test_f01_a_closed_port_is_a_connect_failure_at_once(sessions: client.Sessions) -> None:

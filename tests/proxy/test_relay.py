@@ -304,6 +304,7 @@ def test_f04_the_connection_closes_after_a_broken_stream(pair: House, upstream: 
     assert b"upstream_interrupted" in connection.getresponse().read()
 
     assert socket.recv(1) == b""
+    socket.close()
 
 
 def test_f03_silence_in_a_stream_is_noticed_within_the_idle_limit(pair: House, upstream: Upstream) -> None:

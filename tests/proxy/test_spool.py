@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,7 @@ def test_f26_a_changed_byte_costs_the_records_it_touches_and_no_others(data: st.
     place = data.draw(st.integers(0, len(whole) - 1))
     whole[place] ^= data.draw(st.integers(1, 255))
     hit = next(n for n in range(5) if place < sum(map(len, lines[: n + 1])))
-    read = segments.read(
-        bytes(whole).split(b"\n") and [part + b"\n" for part in bytes(whole).split(b"\n")][:-1]
-    )
+    read = segments.read(part + b"\n" for part in bytes(whole).split(b"\n"))
     lost = {str(n) for n in range(5)} - set(read.finals)
     assert str(hit) in lost
     assert lost <= {str(hit), str(hit + 1)}  # a newline that is gone joins two lines
@@ -407,11 +406,9 @@ def test_f26_a_full_disk_is_used_again_when_there_is_room(small_disk: Path) -> N
     spool = Spool(small_disk / "spool", segment_seconds=0)
     spool.start(a_start("a"))
     with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-        while True:
-            file.write(bytes(4096))
+        _for_ever(lambda: file.write(bytes(4096)))
     with pytest.raises(SpoolUnavailable):
-        for number in range(10_000):
-            spool.start(a_start(f"more-{number}"))
+        _for_ever(lambda: spool.start(a_start(new_attempt_id())))
     spool.finish(a_final("a"))
     spool.tick()
     assert spool.problem
@@ -424,9 +421,12 @@ def test_f26_a_full_disk_is_used_again_when_there_is_room(small_disk: Path) -> N
     assert {"a", "b"} <= set().union(*(one.finals for one in contents(small_disk / "spool")))
 
 
-def _is_locked(path: Path) -> bool:
-    import fcntl
+def _for_ever(act: Callable[[], object]) -> None:
+    for _ in range(1_000_000):
+        act()
 
+
+def _is_locked(path: Path) -> bool:
     with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,7 +25,7 @@ import pytest
 from django.conf import LazySettings
 from django.core.management import call_command
 from django.core.management.base import CommandError
-from django.db import OperationalError, connection
+from django.db import IntegrityError, OperationalError, connection
 from django.utils import timezone
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from proxy import segments, usage
 from proxy.models.usage import SpoolSegment, UsageRecord
 from proxy.spool import Final, Spool, Start, new_attempt_id
-from proxy.usage_rows import usage_record
+from proxy.usage_rows import COLUMNS, usage_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,8 +134,10 @@ FIELDS = st.sampled_from([field.name for field in UsageRecord._meta.fields if fi
 
 @given(record=st.dictionaries(FIELDS, anything, max_size=12))
 def test_whatever_is_in_a_record_makes_a_row_that_keeps_the_rules(record: dict[str, Any]) -> None:
-    row = usage_record({**record, "id": new_attempt_id()})
-    assert row is not None
+    values = usage_row({**record, "id": new_attempt_id()})
+    assert values is not None
+    assert set(values) == set(COLUMNS)
+    row = UsageRecord(**values)
     row.full_clean(validate_unique=False, validate_constraints=False)
     for name in (
         "prompt_tokens",
@@ -192,7 +194,7 @@ def test_text_that_databases_refuse_or_is_too_long_is_kept_as_far_as_it_goes(
     row = UsageRecord.objects.get()
     assert row.requested_model.startswith("ab?xxx")
     assert len(row.requested_model) == 255
-    assert list(row.trace) == ["say"]
+    assert list(row.trace or ()) == ["say"]
 
 
 @pytest.mark.django_db
@@ -208,6 +210,32 @@ def test_a_record_without_a_usable_id_is_kept_aside_and_holds_up_nobody(
     assert statuses() == {key: "success"}
     assert names(directory) == [f"{spool.worker}.1{usage.REJECTED}"]
     assert usage.drain(directory) == usage.DrainReport()
+
+
+@contextmanager
+def database_refusing(key: str) -> Iterator[None]:
+    """Every statement that brings this attempt fails, as it would for a broken rule."""
+
+    def refuse(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        if sql.startswith("INSERT") and (key in str(params) or str(uuid.UUID(key)) in str(params)):
+            raise IntegrityError("a rule is broken")
+        return execute(sql, params, many, context)
+
+    with connection.execute_wrapper(refuse):
+        yield
+
+
+@pytest.mark.django_db
+def test_a_row_that_no_database_takes_is_kept_aside_and_the_others_are_inserted(
+    spool: Spool, directory: Path
+) -> None:
+    keys = [an_ended_attempt(spool) for _ in range(3)]
+    spool.close()
+    with database_refusing(keys[1]):
+        report = usage.drain(directory)
+    assert (report.records, report.rejected) == (2, 1)
+    assert statuses() == {keys[0]: "success", keys[2]: "success"}
+    assert names(directory) == [f"{spool.worker}.1{usage.REJECTED}"]
 
 
 # -- segments

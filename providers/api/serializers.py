@@ -1,0 +1,169 @@
+"""Providers and servers as the API shows and takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+from drf_spectacular.utils import extend_schema_field
+from rest_framework import exceptions, serializers
+
+from audit import roles
+from audit.api_views import StrictSerializer, blaming
+from providers import keys
+from providers.adapters import KINDS, SELF_HOSTED
+from providers.api.values import KeyField, ModelNames, check_store, write_models
+from providers.models import ApiKey, Provider, ProviderHealth, Server
+
+P = TypeVar("P", bound=Provider)
+
+HEALTH = (
+    "status",
+    "health_status",
+    "is_healthy",
+    "consecutive_failures",
+    "latency_ms",
+    "last_health_check",
+    "models_count",
+)
+USES = ("use_for_chat", "use_for_embeddings", "use_for_reranking")
+TUNING = (
+    "connect_timeout_seconds",
+    "first_token_timeout_seconds",
+    "idle_timeout_seconds",
+    "request_timeout_seconds",
+    "probe_interval_seconds",
+)
+COLUMNS = (
+    "id", "slug", "name", "kind", "base_url", "api_key", "masked_key", "models", "custom_headers", "enabled", "is_active",
+    "priority", *USES, "model_path", "allow_private", "ca_pem", *TUNING, *HEALTH, "last_tested_at", "metadata", "created_by",
+    "created_at", "updated_at",
+)  # fmt: skip
+
+
+def kinds(names: Iterable[str]) -> list[tuple[str, str]]:
+    return [(name, KINDS[name].label) for name in sorted(names)]
+
+
+class ProviderSerializer(StrictSerializer[P]):
+    aliases: ClassVar = {"is_active": "enabled"}
+    volatile: ClassVar = frozenset({*HEALTH, "last_tested_at", "updated_at"})
+
+    kind = serializers.ChoiceField(kinds(KINDS), required=False)
+    slug = serializers.CharField(required=False, allow_blank=True, max_length=63)
+    base_url = serializers.CharField(
+        required=False, max_length=500, help_text="The default of a vendor's kind is its public address."
+    )
+    api_key = KeyField(help_text="Becomes the default key. Empty or left out keeps the stored one.")
+    masked_key = serializers.SerializerMethodField()
+    models = ModelNames(source="upstream_models", required=False)
+    is_active = serializers.BooleanField(source="enabled", required=False, help_text="Another name of `enabled`.")
+    status = serializers.ChoiceField(ProviderHealth.status.field.choices, source="health.status", read_only=True)  # type: ignore[attr-defined]
+    health_status = serializers.ChoiceField(
+        ProviderHealth.health_status.field.choices,  # type: ignore[attr-defined]
+        source="health.health_status",
+        read_only=True,
+    )
+    is_healthy = serializers.BooleanField(source="health.is_healthy", read_only=True)
+    consecutive_failures = serializers.IntegerField(source="health.consecutive_failures", read_only=True)
+    latency_ms = serializers.FloatField(source="health.latency_ms", read_only=True, allow_null=True)
+    last_health_check = serializers.DateTimeField(source="health.last_checked_at", read_only=True, allow_null=True)
+    last_tested_at = serializers.DateTimeField(
+        source="health.last_checked_at", read_only=True, allow_null=True, help_text="Another name of `last_health_check`."
+    )
+    models_count = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Provider
+        fields: ClassVar[Any] = COLUMNS
+        read_only_fields: ClassVar[Any] = ("created_by",)
+        validators: ClassVar[list[Any]] = []
+
+    @extend_schema_field({"type": ["string", "null"]})
+    def get_masked_key(self, provider: P) -> str | None:
+        """The default key, else the first, as it may be shown."""
+        found = sorted(provider.keys.all(), key=lambda key: (not key.is_default, key.pk))
+        return found[0].masked_key if found else None
+
+    def get_models_count(self, provider: P) -> int:
+        return sum(model.enabled for model in provider.upstream_models.all())
+
+    def to_representation(self, provider: P) -> dict[str, Any]:
+        if not hasattr(provider, "health"):
+            # Not probed yet: what the row's defaults say, which this makes the provider's without storing it.
+            ProviderHealth(provider=provider)
+        return super().to_representation(provider)
+
+    def validate(self, values: dict[str, Any]) -> dict[str, Any]:
+        check_store(self.user, values.get("api_key"))
+        before = self.instance.allow_private if self.instance is not None else False
+        allowed = roles.may(self.user, "allow_private", "change")
+        if values.get("allow_private", before) != before and not allowed:
+            raise exceptions.PermissionDenied("Only an administrator may set allow_private.")
+        return values
+
+    def create(self, values: dict[str, Any]) -> P:
+        api_key, models = values.pop("api_key", None), values.pop("upstream_models", None)
+        provider: P = self.Meta.model(**values, created_by=self.user.get_username())  # type: ignore[assignment]
+        provider.base_url = provider.base_url or default_url(provider.kind)
+        provider.full_clean()
+        provider.save()
+        if api_key:
+            self._write_key(provider, api_key)
+        self._write_models(provider, models)
+        return provider
+
+    def update(self, provider: P, values: dict[str, Any]) -> P:
+        """A changed scheme, host or port would take the stored key to someone else, so it is entered again (R25)."""
+        api_key, models = values.pop("api_key", None), values.pop("upstream_models", None)
+        moves = keys.moves(provider, values.get("base_url", provider.base_url).strip())
+        if moves and not api_key:
+            raise serializers.ValidationError(
+                {"api_key": ["Enter the key again: base_url now leads to another scheme, host or port."]}
+            )
+        enable = bool(api_key) and "enabled" not in values and self._awaits_key(provider)
+        self.put(provider, {**values, "enabled": True} if enable else values)
+        if api_key:
+            key = self._write_key(provider, api_key)
+            if moves:
+                keys.disable_left_behind(provider, but=key)
+        self._write_models(provider, models)
+        return provider
+
+    @staticmethod
+    def _awaits_key(provider: P) -> bool:
+        """A vendor's first key enables it."""
+        return not provider.enabled and not provider.self_hosted and not provider.keys.exists()
+
+    def _write_key(self, provider: P, value: str) -> ApiKey:
+        with blaming("api_key"):
+            return keys.write_default(provider, value, created_by=self.user.get_username())
+
+    @staticmethod
+    def _write_models(provider: P, models: list[dict[str, Any]] | None) -> None:
+        if models is not None:
+            with blaming("models"):
+                write_models(provider, models)
+
+
+class ServerSerializer(ProviderSerializer[Server]):
+    """A provider of a self-hosted kind, with the names that clients of servers know."""
+
+    aliases: ClassVar = {"is_active": "enabled", "server_type": "kind"}
+
+    kind = serializers.ChoiceField(kinds(SELF_HOSTED), required=False)
+    server_type = serializers.ChoiceField(
+        kinds(SELF_HOSTED), source="kind", required=False, help_text="Another name of `kind`."
+    )
+    base_url = serializers.CharField(max_length=500)
+
+    class Meta(ProviderSerializer.Meta):
+        model = Server
+        fields: ClassVar[Any] = (*COLUMNS[:4], "server_type", *COLUMNS[4:])
+
+
+def default_url(kind: str) -> str:
+    """The public address of a vendor. Raises ValidationError where there is none to assume."""
+    if kind in SELF_HOSTED or not KINDS[kind].base_url:
+        raise serializers.ValidationError({"base_url": ["This field is required."]})
+    return KINDS[kind].base_url.rstrip("/")
