@@ -5,27 +5,29 @@ The errors are in audit.api_errors, the views in audit.api_views.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
 from rest_framework import exceptions
-from rest_framework.authentication import SessionAuthentication, get_authorization_header
+from rest_framework.authentication import get_authorization_header
 from rest_framework.pagination import PageNumberPagination
 from rest_framework.parsers import JSONParser
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 from rest_framework.throttling import SimpleRateThrottle
-from rest_framework.views import APIView
 from rest_framework_simplejwt.authentication import JWTAuthentication
 from rest_framework_simplejwt.tokens import Token
 
 from audit.api_errors import RequestTooLarge, error_response
 from audit.strict_json import StrictJSONError, loads
 
+if TYPE_CHECKING:
+    # REST framework imports this module while it imports its views.
+    from rest_framework.views import APIView
+
 __all__ = [
     "BearerAuthentication",
     "CallerThrottle",
-    "CookieAuthentication",
     "DenyAll",
     "Pages",
     "StrictJSONParser",
@@ -46,10 +48,6 @@ class BearerAuthentication(JWTAuthentication):
         if found is None:
             raise exceptions.AuthenticationFailed("Only bearer tokens of this API are accepted.")
         return found
-
-
-class CookieAuthentication(SessionAuthentication):
-    """Django's session with its CSRF protection, only where no token was shown."""
 
 
 class DenyAll(BasePermission):
@@ -100,7 +98,9 @@ class Pages(PageNumberPagination):
         text = request.query_params.get(self.page_size_query_param)
         if text is None:
             return self.page_size
-        if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= self.max_page_size):
+        if not (
+            text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= self.max_page_size
+        ):
             message = f"Write a number from 1 to {self.max_page_size}."
             raise exceptions.ValidationError({self.page_size_query_param: [message]})
         return int(text)

@@ -76,7 +76,11 @@ class Problem:
     retry_after: int | None = None
 
     def body(self, request_id: str) -> dict[str, Any]:
-        error = {"code": CODES.get(self.status, "INTERNAL_ERROR"), "message": self.message, "details": self.details}
+        error = {
+            "code": CODES.get(self.status, "INTERNAL_ERROR"),
+            "message": self.message,
+            "details": self.details,
+        }
         return {"error": error, "request_id": request_id}
 
 
@@ -118,7 +122,9 @@ def _of_throttle(error: exceptions.Throttled) -> Problem:
 
 def _of_django_validation(error: django_errors.ValidationError) -> Problem:
     found = error.message_dict if hasattr(error, "error_dict") else {WHOLE: error.messages}
-    return Problem(400, "The request is not valid.", {WHOLE if k == "__all__" else k: v for k, v in found.items()})
+    return Problem(
+        400, "The request is not valid.", {WHOLE if k == "__all__" else k: v for k, v in found.items()}
+    )
 
 
 def _of_use(error: models.ProtectedError | models.RestrictedError) -> Problem:

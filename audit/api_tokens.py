@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, ClassVar
 
 from axes.helpers import get_cool_off
@@ -34,7 +35,9 @@ class KnownFields(serializers.Serializer[Any]):
 class Login(KnownFields):
     username = serializers.CharField(max_length=150)
     password = serializers.CharField(max_length=4096, trim_whitespace=False)
-    otp = serializers.CharField(required=False, allow_blank=True, help_text="Required when a second factor is enrolled.")
+    otp = serializers.CharField(
+        required=False, allow_blank=True, help_text="Required when a second factor is enrolled."
+    )
 
 
 class Refresh(KnownFields):
@@ -98,10 +101,9 @@ class RevokeToken(TokenView):
     @extend_schema(request=Refresh, responses={204: None}, tags=["auth"])
     def post(self, request: Request) -> Response:
         """Spend a refresh token, so that nobody can use it again. One that is spent already is fine."""
-        try:
-            RefreshToken(self.read(request)["refresh"]).blacklist()
-        except TokenError:
-            pass
+        values = self.read(request)
+        with contextlib.suppress(TokenError):
+            RefreshToken(values["refresh"]).blacklist()
         return Response(status=204)
 
 

@@ -218,7 +218,10 @@ class StrictSerializer(serializers.ModelSerializer[Row], Generic[Row]):
             names = {field.source: name for name, field in self.fields.items() if name not in self.aliases}
             found = error.message_dict if hasattr(error, "error_dict") else {"__all__": error.messages}
             raise serializers.ValidationError(
-                {WHOLE if name == "__all__" else names.get(name, name): texts for name, texts in found.items()}
+                {
+                    WHOLE if name == "__all__" else names.get(name, name): texts
+                    for name, texts in found.items()
+                }
             ) from error
 
 
@@ -235,3 +238,16 @@ def or_404(row: Row | None) -> Row:
     if row is None:
         raise Http404
     return row
+
+
+class NotHere(APIView):
+    """Answers for every path below /api that nothing else answers, with 404 in the API's shape."""
+
+    authentication_classes: ClassVar[list[Any]] = []
+    permission_classes: ClassVar[list[Any]] = []
+    content_negotiation_class = OnlyJSON
+    schema = None
+
+    def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super().initial(request, *args, **kwargs)
+        raise Http404

@@ -135,7 +135,9 @@ def _allows(role: Role, resource: str, action: str) -> bool:
 def connect() -> None:
     """Keep groups and staff status in step with the table; called when the application starts."""
     signals.post_migrate.connect(_after_migrate, dispatch_uid="audit-roles")
-    signals.m2m_changed.connect(_members_changed, sender=User.groups.through, dispatch_uid="audit-roles-staff")
+    signals.m2m_changed.connect(
+        _members_changed, sender=User.groups.through, dispatch_uid="audit-roles-staff"
+    )
 
 
 def _after_migrate(sender: AppConfig, using: str, **kwargs: Any) -> None:
@@ -186,7 +188,9 @@ def _of(labels: Iterable[str], verbs: Iterable[str]) -> Q:
     return condition
 
 
-def _members_changed(instance: Any, action: str, reverse: bool, pk_set: set[int] | None, **kwargs: Any) -> None:
+def _members_changed(
+    instance: Any, action: str, reverse: bool, pk_set: set[int] | None, **kwargs: Any
+) -> None:
     """Whoever gets a staff role may log in to the admin; whoever loses the last one may not any more."""
     if action not in {"post_add", "post_remove", "post_clear"}:
         return

@@ -1,7 +1,54 @@
-"""The control plane's paths under /api/v1: one list, several mounts."""
+"""The control plane's paths: one router, several mounts (see config.urls)."""
 
 from __future__ import annotations
 
-from django.urls import URLPattern, URLResolver
+from django.urls import URLPattern, URLResolver, re_path
+from rest_framework.routers import Route, SimpleRouter
 
-urlpatterns: list[URLPattern | URLResolver] = []
+from audit.api_tokens import ObtainToken, RefreshTokenView, RevokeToken
+from config.api_health import HealthView
+from providers.api.active import Active
+from providers.api.api_keys import ApiKeys
+from providers.api.views import Servers, VendorsAndServers
+from proxy.api.gateway_keys import GatewayKeys
+
+
+class Router(SimpleRouter):
+    """Every path answers with and without a trailing slash; nothing redirects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trailing_slash = "/?"
+
+
+class ActiveRouter(Router):
+    """`active` is one thing with three parts, so its list takes the POST that sets a part."""
+
+    routes = [
+        Route(r"^{prefix}{trailing_slash}$", {"get": "list", "post": "choose"}, "{basename}-list", False, {}),
+        Route(
+            r"^{prefix}/{lookup}{trailing_slash}$",
+            {"get": "retrieve", "put": "update", "delete": "destroy"},
+            "{basename}-detail",
+            True,
+            {},
+        ),
+    ]
+
+
+router = Router()
+router.register("servers", Servers, basename="server")
+router.register("providers", VendorsAndServers, basename="provider")
+router.register("api-keys", ApiKeys, basename="api-key")
+router.register("gateway-keys", GatewayKeys, basename="gateway-key")
+active_router = ActiveRouter()
+active_router.register("active", Active, basename="active")
+
+urlpatterns: list[URLPattern | URLResolver] = [
+    re_path(r"^health/?$", HealthView.as_view(), name="health"),
+    re_path(r"^auth/token/?$", ObtainToken.as_view(), name="token"),
+    re_path(r"^auth/token/refresh/?$", RefreshTokenView.as_view(), name="token-refresh"),
+    re_path(r"^auth/token/revoke/?$", RevokeToken.as_view(), name="token-revoke"),
+    *router.urls,
+    *active_router.urls,
+]

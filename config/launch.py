@@ -6,6 +6,7 @@ then supervisord with all processes; when the gateway is ready, its addresses; t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import http.client
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -70,6 +70,7 @@ class Run:
 
 def main(arguments: list[str]) -> int:
     os.chdir(ROOT)
+    os.umask(0o077)  # All that we and our programs write is this user's alone.
     stop = Stop()
     stop.listen()
     try:
@@ -108,7 +109,7 @@ def make_data_dir(path: Path) -> Path:
     return path
 
 
-@contextmanager
+@contextlib.contextmanager
 def only_one(data_dir: Path) -> Iterator[int]:
     """Hold the data directory; AlreadyRunning says where the launcher that has it listens.
 
@@ -258,6 +259,8 @@ def keep_running(run: Run, first: Mapping[str, Any]) -> None:
             print(greeting(run.address, welcome, ready=False), flush=True)
         for log in run.logs:
             log.close()
+    with contextlib.suppress(OSError):
+        run.run_dir.rmdir()  # Empty, unless something was killed and left its socket; then the next start cleans up.
     say("stopped")
 
 

@@ -79,7 +79,6 @@ class Supervisord:
             cwd=ROOT,
             env=dict(self._environment),
             stdin=subprocess.DEVNULL,
-            umask=0o077,
             start_new_session=True,
             preexec_fn=_stop_with_launcher,  # noqa: PLW1509 -- the launcher has one thread
         )

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import environ
 from csp.constants import NONCE, NONE, SELF
 
-from config import logs
+from config import logs, theme
 from config.env import Reader, key_from_text
 
 VERSION = "0.1.0"
@@ -64,6 +64,9 @@ PENSTOCK_NEW_ENCRYPTION_KEY = env.read(
 PENSTOCK_PEPPERS = env.peppers("PENSTOCK_PEPPERS")
 PENSTOCK_GATEWAY_KEY = env.text("PENSTOCK_GATEWAY_KEY")
 OPENROUTER_API_KEY = env.text("OPENROUTER_API_KEY")
+DJANGO_SUPERUSER_USERNAME = env.text("DJANGO_SUPERUSER_USERNAME")
+DJANGO_SUPERUSER_PASSWORD = env.text("DJANGO_SUPERUSER_PASSWORD")
+DJANGO_SUPERUSER_EMAIL = env.text("DJANGO_SUPERUSER_EMAIL")
 
 # -- applications ----------------------------------------------------------------------------------------------------
 
@@ -98,7 +101,7 @@ MIDDLEWARE = [
     "audit.middleware.RequestIdMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
-    "csp.middleware.CSPMiddleware",
+    "config.csp.ContentSecurityPolicy",
     "corsheaders.middleware.CorsMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -109,6 +112,7 @@ MIDDLEWARE = [
     "axes.middleware.AxesMiddleware",
 ]
 
+UNFOLD = theme.UNFOLD
 ROOT_URLCONF = "config.urls"
 ASGI_APPLICATION = "config.asgi.application"
 APPEND_SLASH = False
@@ -245,8 +249,8 @@ SILENCED_SYSTEM_CHECKS = ["security.W021"]
 CONTENT_SECURITY_POLICY = {
     "DIRECTIVES": {
         "default-src": [SELF],
-        # Alpine, which the admin theme uses, evaluates expressions; no other page runs scripts of ours.
-        "script-src": [SELF, NONCE, "'unsafe-eval'"],
+        # config.csp adds 'unsafe-eval' for the admin, whose theme evaluates expressions, and for nothing else.
+        "script-src": (SELF, NONCE),
         "style-src": [SELF, "'unsafe-inline'"],
         "img-src": [SELF, "data:"],
         "connect-src": [SELF],
@@ -289,7 +293,7 @@ RATE_LIMIT_REQUESTS = env.whole("RATE_LIMIT_REQUESTS", 100, least=1)
 RATE_LIMIT_WINDOW_SECONDS = env.whole("RATE_LIMIT_WINDOW_SECONDS", 60, least=1, most=86400)
 REST_FRAMEWORK: dict[str, Any] = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
-        "rest_framework_simplejwt.authentication.JWTAuthentication",
+        "audit.api.BearerAuthentication",
         "rest_framework.authentication.SessionAuthentication",
     ],
     "DEFAULT_PERMISSION_CLASSES": ["audit.api.DenyAll"],
@@ -330,7 +334,19 @@ SPECTACULAR_SETTINGS = {
     "REDOC_DIST": "SIDECAR",
     "COMPONENT_SPLIT_REQUEST": True,
     "SCHEMA_PATH_PREFIX": r"/api/v1",
-    "ENUM_NAME_OVERRIDES": {},
+    "PREPROCESSING_HOOKS": ["config.openapi.only_v1"],
+    "POSTPROCESSING_HOOKS": [
+        "drf_spectacular.hooks.postprocess_schema_enums",
+        "config.openapi.with_errors",
+        "config.openapi.with_data_plane",
+    ],
+    "ENUM_NAME_OVERRIDES": {
+        "ProbeStatus": "providers.models.health.Status",
+        "Verdict": "providers.models.health.Verdict",
+        "Purpose": "providers.models.active.Purpose",
+        "Kind": "providers.api.serializers.ALL_KINDS",
+        "ServerKind": "providers.api.serializers.SERVER_KINDS",
+    },
 }
 
 # -- the data plane --------------------------------------------------------------------------------------------------

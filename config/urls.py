@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from django.contrib import admin
-from django.urls import include, path
+from django.urls import include, path, re_path
 from django.views.generic import RedirectView
+from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
+
+from audit.api_views import NotHere
+from config.api_health import PingView
 
 urlpatterns = [
     path("", RedirectView.as_view(url="/admin/"), name="start"),
     path("admin/", admin.site.urls),
+    re_path(r"^ping/?$", PingView.as_view(), name="ping"),
+    re_path(r"^api/(?:v1/)?schema/?$", SpectacularAPIView.as_view(), name="schema"),
+    re_path(r"^api/(?:v1/)?docs/?$", SpectacularSwaggerSplitView.as_view(url_name="schema"), name="docs"),
+    path("api/v1/llm-config/", include("config.api_v1")),
     path("api/v1/", include("config.api_v1")),
+    path("api/", include("config.api_v1")),
+    re_path(r"^api(?:/.*)?$", NotHere.as_view(), name="no-such-path"),
 ]
+
+handler400 = "audit.api_errors.bad_request"
+handler403 = "audit.api_errors.permission_denied"
+handler404 = "audit.api_errors.not_found"
+handler500 = "audit.api_errors.server_error"

@@ -94,7 +94,7 @@ class HeaderNotAllowed(ProviderError):
 
 class UpstreamError(ProviderError):
     dialled = True
-    blame = "provider"
+    blame: ClassVar[Blame] = "provider"
 
 
 class ConnectFailed(UpstreamError):

@@ -8,6 +8,7 @@ this one call, follow no redirect, take no compressed answer, and turn every for
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import ssl
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from providers.wire import Answer, Credential, Endpoint, Kind, WireRequest, orig
 __all__ = ["Reply", "ask", "mapped", "open_secret", "read_bounded", "stream"]
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
+MAX_WRITE = 256 * 1024
 
 logger = logging.getLogger(__name__)
 _own_addresses = OwnAddresses()
@@ -83,6 +85,11 @@ async def _dial(
     return await _send(sessions.get(policy, endpoint.ca_pem, fresh=True), endpoint, request, headers, Dial())
 
 
+def _body(body: bytes | None) -> bytes | io.BytesIO | None:
+    """aiohttp writes bytes at once, and would hold up the loop with large ones; a file it sends in pieces."""
+    return io.BytesIO(body) if body is not None and len(body) > MAX_WRITE else body
+
+
 async def _send(
     session: aiohttp.ClientSession,
     endpoint: Endpoint,
@@ -94,7 +101,7 @@ async def _send(
     return await session.request(
         request.method,
         request.url,
-        data=request.body,
+        data=_body(request.body),
         headers=headers,
         allow_redirects=False,
         # aiohttp rounds timeouts above the threshold up to whole seconds; ours are meant.

@@ -150,27 +150,20 @@ class Reading:
     latency_ms: float | None = None
 
 
-class Marker(Protocol):
-    """Selects, by bytes, what is worth parsing. A compiled pattern is one; several quick scans may be a faster one."""
-
-    def search(self, block: bytes, /) -> object:
-        """Something true when any event of `block` should be parsed."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Chat:
     """Chat completions.
 
     request(endpoint, body, model, stream): `body` is the caller's request, already without our own fields; the
         function never changes it. A streamed request always asks for usage.
-    marker: selects, by bytes, the events of a stream that are worth parsing once the answer has begun.
+    first_marked(block): where in a block of events something stands that is worth parsing once the answer has begun, or -1;
+        by bytes, so it may point too early, never too late.
     read_event(data): the data of one event to its meaning. Raises errors.ProtocolError when it is not the protocol.
     read_completion(body): a whole 200 body. Raises errors.ProviderError when it is not an answer.
     """
 
     request: Callable[[Endpoint, Mapping[str, Any], str, bool], WireRequest]
-    marker: Marker
+    first_marked: Callable[[bytes], int]
     read_event: Callable[[bytes], Event]
     read_completion: Callable[[bytes], Completion]
 

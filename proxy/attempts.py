@@ -11,10 +11,10 @@ from typing import Self
 from providers.errors import Interrupted, ProviderError, Stalled
 from providers.wire import Usage
 from proxy import metrics
-from proxy.auth import Caller
 from proxy.dialects.openai import ChatRequest
 from proxy.errors import UsageLogUnavailable
 from proxy.inflight import Running
+from proxy.limits import Held
 from proxy.selection import Candidate, Plan
 from proxy.spool import Final, Spool, SpoolUnavailable, new_attempt_id
 
@@ -24,11 +24,10 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of a caller, ready to be sent."""
+    """One request of a caller, ready to be sent. `held` is what it takes of its key's limits."""
 
-    request_id: str
-    caller: Caller
     running: Running
+    held: Held
     purpose: str
     chat: ChatRequest
     body_bytes: int
@@ -59,12 +58,12 @@ class Attempt:
             self.spool.start(
                 {
                     "id": self.id,
-                    "request_id": call.request_id,
+                    "request_id": call.running.request_id,
                     "attempt": self.number,
                     "created_at": time.time_ns() // 1_000_000,
-                    "gateway_key_id": call.caller.id,
-                    "gateway_key": call.caller.name,
-                    "owner": call.caller.owner,
+                    "gateway_key_id": call.running.caller.id,
+                    "gateway_key": call.running.caller.name,
+                    "owner": call.running.caller.owner,
                     "route": call.plan.route,
                     "provider_id": candidate.upstream.id,
                     "provider": candidate.upstream.slug,
@@ -123,6 +122,8 @@ class Attempt:
             "trace": list(self.call.plan.trace) or None,
         }
         self.spool.finish(record)
+        if self.accepted:
+            self.call.held.correct(usage.prompt + usage.completion)
         metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage)
 
     def counted(self) -> tuple[Usage, str]:

@@ -28,20 +28,25 @@ class Gateway:
     breakers, limits, registry: as their modules say.
     """
 
-    def __init__(self, *, watcher: Watcher, spool_dir: Path, registry: Registry, limits: Limits) -> None:
+    def __init__(
+        self, *, watcher: Watcher, registry: Registry, spool_dir: Path, redis_url: str = "", workers: int = 1
+    ) -> None:
         self.watcher = watcher
-        self._spool_dir = spool_dir
-        self.spool = Spool(spool_dir)
         self.registry = registry
-        self.limits = limits
+        self._spool_dir, self._redis_url, self._workers = spool_dir, redis_url, workers
+        self._sweeper: asyncio.Task[None] | None = None
+        self._make()
+
+    def _make(self) -> None:
+        """What belongs to one process: a worker is forked after this module was imported, and makes its own."""
+        self.spool = Spool(self._spool_dir)
+        self.limits = Limits(self._redis_url, workers=self._workers)
         self.breakers = Breakers()
         self.sessions = Sessions()
-        self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Read the configuration, open the spool, begin to sweep. Raises when the database cannot be read."""
-        # A worker is forked after this was made, and every worker writes a spool of its own.
-        self.spool = Spool(self._spool_dir)
+        self._make()
         await asyncio.to_thread(self.watcher.start)
         self.spool.run()
         self._sweeper = asyncio.create_task(self._sweep())
@@ -73,8 +78,9 @@ class Gateway:
 
 GATEWAY = Gateway(
     watcher=WATCHER,
-    spool_dir=settings.SPOOL_DIR,
     registry=REGISTRY,
-    limits=Limits(settings.REDIS_URL, workers=settings.WEB_CONCURRENCY),
+    spool_dir=settings.SPOOL_DIR,
+    redis_url=settings.REDIS_URL,
+    workers=settings.WEB_CONCURRENCY,
 )
 """This process's."""

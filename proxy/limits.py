@@ -16,7 +16,7 @@ from types import TracebackType
 
 from proxy.auth import Caller
 from proxy.errors import ConcurrencyLimited, RateLimited
-from proxy.limits_local import SECOND, Book, KeyState, Reading
+from proxy.limits_local import SECOND, Book, KeyState, Reading, duration
 from proxy.limits_lua import ADD, HOLD, KEEP
 from proxy.limits_redis import Link, LinkFailed, Operation, Words, call
 
@@ -131,6 +131,7 @@ class Limits:
         caller, link = held.caller, self._link
         held.leased = caller.max_concurrency is not None
         if link is not None and not link.open:
+            held.asked = True
             try:
                 answer = await link.ask(self._question(held))
                 verdict, index, *counts = answer
@@ -207,7 +208,8 @@ class Limits:
             )
 
     def _give_back(self, held: _Counted) -> None:
-        if held.leased and self._link is not None:
+        """Free its place in Redis, if it may have one there; what came and went while Redis was away has none."""
+        if held.leased and self._link is not None and (held.asked or not self._link.open):
             self._link.send(Operation(("ZREM", _key(held.caller.key_id, "c"), held.member), again=True))
 
     def _correct(self, held: _Counted, tokens: int) -> None:
@@ -233,7 +235,7 @@ class _Counted(Held):
     """A hold of a key that has limits. Afterwards also what its answer and its correction need."""
 
     __slots__ = (
-        "caller", "divisor", "leased", "limits", "member", "minute", "remote_minute", "requests", "state", "tokens",
+        "asked", "caller", "divisor", "leased", "limits", "member", "minute", "remote_minute", "requests", "state", "tokens",
         "used_tokens",
     )  # fmt: skip
 
@@ -246,6 +248,7 @@ class _Counted(Held):
         self.minute = 0
         self.remote_minute: int | None = None
         self.leased = False
+        self.asked = False
         self.state: KeyState
         self.requests: Reading
         self.used_tokens: Reading
@@ -294,12 +297,6 @@ class _Counted(Held):
             text = f"This request alone is larger than the key's limit of {what}."
         seconds = NEVER if wait is None else max(1, -(-wait // SECOND))
         return RateLimited(text, retry_after=seconds, headers=self.headers)
-
-
-def duration(microseconds: int) -> bytes:
-    """Whole seconds as OpenAI writes them: 1s, 6m0s."""
-    minutes, seconds = divmod(-(-microseconds // SECOND), 60)
-    return b"%dm%ds" % (minutes, seconds) if minutes else b"%ds" % seconds
 
 
 def _fits(reading: Reading, amount: int, limit: int | None) -> bool:

@@ -152,5 +152,11 @@ class Book:
             del self._states[key]
 
 
+def duration(microseconds: int) -> bytes:
+    """Whole seconds as OpenAI writes them: 1s, 6m0s."""
+    minutes, seconds = divmod(-(-microseconds // SECOND), 60)
+    return b"%dm%ds" % (minutes, seconds) if minutes else b"%ds" % seconds
+
+
 def _weighted(reading: Reading) -> int:
     return reading.current + reading.previous * (WINDOW - reading.elapsed) // WINDOW

@@ -174,7 +174,7 @@ class Link:
                 operation.words = ("EVAL", operation.script.source, *operation.words[2:])
                 self._queue.append(operation)
         elif isinstance(reply, Exception) and not str(reply).startswith("WRONGTYPE"):
-            self._count_errors(1, reply)
+            self._count_errors(int(operation.answer is not None), reply)
             self._fail(operation, reply)
         else:
             if _has_written(operation, reply):
@@ -234,5 +234,5 @@ async def _deadline() -> AsyncIterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """A word for the log; the whole text could repeat an address with its password."""
-    return str(error).split(" ", 1)[0] if isinstance(error, ResponseError) else type(error).__name__
+    """A word for the log: its whole text could repeat an address with its password."""
+    return type(error).__name__

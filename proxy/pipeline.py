@@ -19,6 +19,7 @@ from proxy.dialects import openai
 from proxy.errors import ConfigurationUnavailable, InvalidApiKey, InvalidJson
 from proxy.gateway import Gateway
 from proxy.inflight import Running
+from proxy.limits import Held
 from proxy.relay import Sink
 from proxy.selection import Conditions
 
@@ -40,10 +41,10 @@ async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
     caller = admit(gateway, request)
     running = gateway.registry.enter(caller, request.id)
     try:
-        async with gateway.limits.hold(caller, member=request.id, tokens=request.length // BYTES_PER_TOKEN):
+        async with gateway.limits.hold(caller, member=request.id, tokens=request.length // BYTES_PER_TOKEN) as held:
             body = await request.body()
             async with request.left(running):
-                await relay.run(gateway, prepare(gateway, caller, running, request.id, body), sink)
+                await relay.run(gateway, prepare(gateway, running, held, body), sink)
     except asyncio.CancelledError:
         if running.ending is None:
             raise
@@ -71,7 +72,7 @@ def admit(gateway: Gateway, request: Request) -> Caller:
     return caller
 
 
-def prepare(gateway: Gateway, caller: Caller, running: Running, request_id: str, body: bytes) -> Call:
+def prepare(gateway: Gateway, running: Running, held: Held, body: bytes) -> Call:
     """400, then 404 and 403 by model: the request understood, and its candidates in order."""
     try:
         chat = openai.chat_request(loads(body))
@@ -80,6 +81,6 @@ def prepare(gateway: Gateway, caller: Caller, running: Running, request_id: str,
     snapshot = gateway.watcher.snapshot
     conditions = Conditions(gateway.watcher.weather, gateway.breakers.open())
     plan = selection.plan(
-        snapshot, conditions, caller, purpose="chat", model=chat.model, provider_id=chat.provider_id
+        snapshot, conditions, running.caller, purpose="chat", model=chat.model, provider_id=chat.provider_id
     )
-    return Call(request_id, caller, running, "chat", chat, len(body), plan, snapshot.version)
+    return Call(running, held, "chat", chat, len(body), plan, snapshot.version)

@@ -1,8 +1,8 @@
 """Understanding an upstream's stream while its bytes pass by. Pure: bytes in, the bytes to forward out.
 
 Before the answer has begun every event is read and held back, so that another provider may still be tried. Once it has,
-whole blocks of events pass untouched unless the adapter's marker selects one of them to be read; a marker never
-decides. From the finish reason on, everything is held until the final usage record is written.
+whole blocks of events pass untouched, up to where the adapter sees something worth reading; what it sees there never
+decides, only what the event says does. From the finish reason on, everything is held until the final usage record is written.
 """
 
 from __future__ import annotations
@@ -44,35 +44,48 @@ class AnswerReader:
         except ProtocolError as error:
             self.failure = error
             return b""
-        if self.begun and not self.complete and self._looks_plain(block):
-            return block
-        return self._read(block)
+        return self._pass(block) if self.begun and not self.complete else self._read(block)
 
-    def _looks_plain(self, block: bytes) -> bool:
-        """Whether the block is nothing but events of JSON objects that nobody here needs to read."""
-        count = block.count(b"\n\n")
-        if count != block.count(b"}\n\n") or self._chat.marker.search(block):
-            return False
+    def _pass(self, block: bytes) -> bytes:
+        """Hand on untouched what stands before the first event that somebody here needs to read."""
+        marked = self._chat.first_marked(block)
+        if marked < 0:
+            plain = block
+        else:
+            blank = block.rfind(b"\n\n", 0, marked)
+            plain = block[: blank + 2] if blank >= 0 else b""
+        count = plain.count(b"\n\n")
+        if count != plain.count(b"}\n\n"):
+            return self._read(block)
         self.events += count
-        return True
+        return plain if marked < 0 else plain + self._read(block[len(plain) :])
 
     def _read(self, block: bytes) -> bytes:
+        position = 0
         for event in sse.events(block):
+            position += len(event.raw)
             if event.is_comment:
                 if self.begun and not self.complete:
                     self._held.append(event.raw)
                 continue
-            try:
-                meaning = self._chat.read_event(event.data)
-            except ProviderError as error:
-                meaning = Event(error=error)
-            if meaning.error is not None and not self.complete:
-                self.failure = meaning.error
+            begun = self.begun
+            if not self._understand(event):
                 break
-            self._take(event.raw, meaning)
-            if self.done:
-                break
+            if self.begun and not begun and not self.complete:
+                return self._release() + self._pass(block[position:])
         return self._release()
+
+    def _understand(self, event: sse.RawEvent) -> bool:
+        """Read one event; whether the stream goes on after it."""
+        try:
+            meaning = self._chat.read_event(event.data)
+        except ProviderError as error:
+            meaning = Event(error=error)
+        if meaning.error is not None and not self.complete:
+            self.failure = meaning.error
+            return False
+        self._take(event.raw, meaning)
+        return not self.done
 
     def _take(self, raw: bytes, meaning: Event) -> None:
         self.usage = meaning.usage or self.usage

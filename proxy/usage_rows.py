@@ -37,7 +37,7 @@ SOURCES = frozenset(TokensSource.values)
 Row = dict[str, Any]
 """Values by column, for every column of UsageRecord."""
 
-COLUMNS = [field.column for field in UsageRecord._meta.concrete_fields]
+COLUMNS = [str(field.column) for field in UsageRecord._meta.concrete_fields]
 
 
 def usage_row(record: Mapping[str, Any]) -> Row | None:

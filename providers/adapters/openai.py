@@ -39,23 +39,20 @@ _COUNTED_OR_FINISHED = re.compile(rb'_(?:reason"\s*:\s*"|tokens"\s*:)')
 _FAILED = re.compile(rb'"error"\s*(?::\s*[^\sn]|[,}])')
 
 
-class _Marker:
-    """Usage, a finish reason, an error, the end. It may select too much, never too little.
+def first_marked(block: bytes) -> int:
+    """Where usage, a finish reason, an error or the end first shows, or -1. May point too early, never too late.
 
     Three scans for a fixed beginning each take a third of the time of one pattern with alternatives.
     """
+    found = []
+    if match := _COUNTED_OR_FINISHED.search(block):
+        found.append(match.start())
+    if b'"error"' in block and (match := _FAILED.search(block)):
+        found.append(match.start())
+    if (end := block.find(b"[DONE]")) >= 0:
+        found.append(end)
+    return min(found, default=-1)
 
-    __slots__ = ()
-
-    def search(self, block: bytes, /) -> object:
-        return (
-            _COUNTED_OR_FINISHED.search(block)
-            or (b'"error"' in block and _FAILED.search(block))
-            or b"[DONE]" in block
-        )
-
-
-MARKER = _Marker()
 
 _COMMITTING = (
     "content",
@@ -76,7 +73,7 @@ def chat(address: Address, *, asks_usage: bool = True) -> Chat:
     """`asks_usage` is false where `stream_options` is refused and usage comes unasked."""
     return Chat(
         request=partial(chat_request, address, asks_usage=asks_usage),
-        marker=MARKER,
+        first_marked=first_marked,
         read_event=read_event,
         read_completion=read_completion,
     )

@@ -14,6 +14,7 @@ from providers import keys
 from providers.adapters import KINDS, SELF_HOSTED
 from providers.api.values import KeyField, ModelNames, check_store, write_models
 from providers.models import ApiKey, Provider, ProviderHealth, Server
+from providers.wire import origin_of
 
 P = TypeVar("P", bound=Provider)
 
@@ -45,11 +46,15 @@ def kinds(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, KINDS[name].label) for name in sorted(names)]
 
 
+ALL_KINDS = kinds(KINDS)
+SERVER_KINDS = kinds(SELF_HOSTED)
+
+
 class ProviderSerializer(StrictSerializer[P]):
     aliases: ClassVar = {"is_active": "enabled"}
     volatile: ClassVar = frozenset({*HEALTH, "last_tested_at", "updated_at"})
 
-    kind = serializers.ChoiceField(kinds(KINDS), required=False)
+    kind = serializers.ChoiceField(ALL_KINDS, required=False)
     slug = serializers.CharField(required=False, allow_blank=True, max_length=63)
     base_url = serializers.CharField(
         required=False, max_length=500, help_text="The default of a vendor's kind is its public address."
@@ -57,8 +62,12 @@ class ProviderSerializer(StrictSerializer[P]):
     api_key = KeyField(help_text="Becomes the default key. Empty or left out keeps the stored one.")
     masked_key = serializers.SerializerMethodField()
     models = ModelNames(source="upstream_models", required=False)
-    is_active = serializers.BooleanField(source="enabled", required=False, help_text="Another name of `enabled`.")
-    status = serializers.ChoiceField(ProviderHealth.status.field.choices, source="health.status", read_only=True)  # type: ignore[attr-defined]
+    is_active = serializers.BooleanField(
+        source="enabled", required=False, help_text="Another name of `enabled`."
+    )
+    status = serializers.ChoiceField(
+        ProviderHealth.status.field.choices, source="health.status", read_only=True
+    )  # type: ignore[attr-defined]
     health_status = serializers.ChoiceField(
         ProviderHealth.health_status.field.choices,  # type: ignore[attr-defined]
         source="health.health_status",
@@ -67,9 +76,14 @@ class ProviderSerializer(StrictSerializer[P]):
     is_healthy = serializers.BooleanField(source="health.is_healthy", read_only=True)
     consecutive_failures = serializers.IntegerField(source="health.consecutive_failures", read_only=True)
     latency_ms = serializers.FloatField(source="health.latency_ms", read_only=True, allow_null=True)
-    last_health_check = serializers.DateTimeField(source="health.last_checked_at", read_only=True, allow_null=True)
+    last_health_check = serializers.DateTimeField(
+        source="health.last_checked_at", read_only=True, allow_null=True
+    )
     last_tested_at = serializers.DateTimeField(
-        source="health.last_checked_at", read_only=True, allow_null=True, help_text="Another name of `last_health_check`."
+        source="health.last_checked_at",
+        read_only=True,
+        allow_null=True,
+        help_text="Another name of `last_health_check`.",
     )
     models_count = serializers.SerializerMethodField()
 
@@ -94,6 +108,13 @@ class ProviderSerializer(StrictSerializer[P]):
             ProviderHealth(provider=provider)
         return super().to_representation(provider)
 
+    def validate_base_url(self, value: str) -> str:
+        try:
+            origin_of(value)
+        except ValueError as error:
+            raise serializers.ValidationError("This is not the address of a server.") from error
+        return value.strip().rstrip("/")
+
     def validate(self, values: dict[str, Any]) -> dict[str, Any]:
         check_store(self.user, values.get("api_key"))
         before = self.instance.allow_private if self.instance is not None else False
@@ -116,7 +137,7 @@ class ProviderSerializer(StrictSerializer[P]):
     def update(self, provider: P, values: dict[str, Any]) -> P:
         """A changed scheme, host or port would take the stored key to someone else, so it is entered again (R25)."""
         api_key, models = values.pop("api_key", None), values.pop("upstream_models", None)
-        moves = keys.moves(provider, values.get("base_url", provider.base_url).strip())
+        moves = keys.moves(provider, values.get("base_url", provider.base_url))
         if moves and not api_key:
             raise serializers.ValidationError(
                 {"api_key": ["Enter the key again: base_url now leads to another scheme, host or port."]}
@@ -151,9 +172,9 @@ class ServerSerializer(ProviderSerializer[Server]):
 
     aliases: ClassVar = {"is_active": "enabled", "server_type": "kind"}
 
-    kind = serializers.ChoiceField(kinds(SELF_HOSTED), required=False)
+    kind = serializers.ChoiceField(SERVER_KINDS, required=False)
     server_type = serializers.ChoiceField(
-        kinds(SELF_HOSTED), source="kind", required=False, help_text="Another name of `kind`."
+        SERVER_KINDS, source="kind", required=False, help_text="Another name of `kind`."
     )
     base_url = serializers.CharField(max_length=500)
 

@@ -37,7 +37,9 @@ class KeyField(serializers.CharField):
 def check_store(user: Any, value: str | None) -> None:
     """A reference makes the gateway read its environment or a file, so only an administrator writes one."""
     if value and keys.REFERENCE.match(value) and not roles.may(user, "key_stores", "add"):
-        raise exceptions.PermissionDenied("Only an administrator may refer to a secret that is kept elsewhere.")
+        raise exceptions.PermissionDenied(
+            "Only an administrator may refer to a secret that is kept elsewhere."
+        )
 
 
 @extend_schema_field({"type": "array", "items": {"type": "string"}})
@@ -61,7 +63,9 @@ class ModelSerializer(serializers.Serializer[UpstreamModel]):
 
     id = serializers.CharField(source="name", max_length=255)
     purposes = serializers.ListField(child=serializers.ChoiceField(PURPOSES), required=False)
-    context_window = serializers.IntegerField(required=False, allow_null=True, min_value=1, max_value=2**31 - 1)
+    context_window = serializers.IntegerField(
+        required=False, allow_null=True, min_value=1, max_value=2**31 - 1
+    )
     dimensions = serializers.IntegerField(required=False, allow_null=True, min_value=1, max_value=2**31 - 1)
     capabilities = serializers.ListField(child=serializers.CharField(max_length=64), required=False)
     enabled = serializers.BooleanField(required=False)

@@ -17,6 +17,7 @@ from providers.adapters import KINDS, SELF_HOSTED
 from providers.errors import DestinationNotAllowed
 from providers.fields import SealedField, raw
 from providers.models.checks import check_ca, check_headers, check_metadata
+from providers.own_addresses import own_places
 
 SLUG = RegexValidator(r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$", "Use lower-case letters, digits, '-', '_' and '.'.")
 SECONDS: dict[str, Any] = {"null": True, "blank": True, "validators": [MinValueValidator(0.01)]}
@@ -103,6 +104,7 @@ class Provider(Versioned):
                 self.base_url,
                 allow_private=self.allow_private or self.self_hosted,
                 private_networks=settings.PRIVATE_NETWORKS,
+                own=own_places(),
             )
         except DestinationNotAllowed as error:
             raise ValidationError({"base_url": error.detail or error.text}) from error

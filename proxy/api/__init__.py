@@ -1,0 +1,1 @@
+"""The API of what applications hold: gateway keys."""

@@ -117,6 +117,7 @@ class HttpSink:
             (b"x-penstock-attempts", str(attempt.number).encode()),
             (b"x-penstock-config", str(attempt.call.config_version).encode()),
             (b"x-penstock-route", header_text(attempt.call.plan.route)),
+            *attempt.call.held.headers,
         ]
         await self._start(200, headers)
 
@@ -204,11 +205,15 @@ class ModelsConsumer(DataPlaneConsumer):
 
 
 class NothingConsumer(DataPlaneConsumer):
-    """Every other path of the data plane, for a caller with a key."""
+    """Every other path of the data plane: nothing, and a caller without a key is not even told that."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = HttpRequest(scope, receive)
-        await HttpSink(scope, send, request.id).fail(NotFound())
+        try:
+            pipeline.admit(self.gateway, request)
+            raise NotFound()
+        except GatewayError as error:
+            await HttpSink(scope, send, request.id).fail(error)
 
 
 def header_text(text: str) -> bytes:

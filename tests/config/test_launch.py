@@ -348,8 +348,8 @@ class TestRunning:
         data = running.folder / "data"
         assert mode(running.folder / ".env") == 0o600
         assert mode(data) == 0o700
-        for path in (data / "logs").iterdir():
-            assert mode(path) & 0o077 == 0
+        assert (data / envfile.DATABASE_NAME).exists()
+        assert [path for path in data.rglob("*") if path.is_file() and mode(path) & 0o077] == []
 
     def test_no_secret_is_on_a_command_line(self, running: Launched) -> None:
         values = list(envfile.read(running.folder / ".env").values())

@@ -1,5 +1,6 @@
 """The server on raw sockets: what it refuses, when it gives up waiting, and how it stops."""
 
+import contextlib
 import json
 import os
 import re
@@ -72,7 +73,9 @@ def launch(**options: Any) -> Toy:
     options.setdefault("limits", {"sweep_seconds": 0.05})
     options["limits"].setdefault("grace_seconds", 0.0)
     command = [sys.executable, str(TOY), json.dumps(options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdout is not None
     return Toy(process, int(process.stdout.readline()))
 
@@ -115,8 +118,8 @@ def serve() -> Iterator[Callable[..., Toy]]:
 
 
 def end(toy: Toy) -> None:
-    if toy.process.poll() is None:
-        toy.process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(toy.process.pid, signal.SIGKILL)  # Its workers too, which would hold the pipes open.
     toy.process.communicate()
 
 
@@ -446,6 +449,18 @@ def test_r32_a_first_head_is_timed_from_the_accept(serve: Callable[..., Toy]) ->
         assert time.monotonic() - began < 1.6
 
 
+def test_r32_a_later_head_is_timed_from_its_first_byte(serve: Callable[..., Toy]) -> None:
+    toy = serve(limits={**SHORT, "idle_seconds": 5.0})
+    with toy.dial() as sock:
+        sock.sendall(GET + b"\r\n")
+        read_answer(sock)
+        time.sleep(0.6)
+        sock.sendall(GET)
+        time.sleep(0.15)
+        sock.sendall(b"\r\n")
+        assert statuses(read_answer(sock)) == [200]
+
+
 def test_r32_a_second_head_that_comes_byte_by_byte_is_cut(impatient: Toy) -> None:
     with impatient.dial() as sock:
         sock.sendall(GET + b"\r\n")
@@ -700,10 +715,9 @@ def test_a_killed_worker_is_replaced_and_all_drain_when_the_parent_is_told(serve
     victim = children(toy.process.pid)[0]
     os.kill(victim, signal.SIGKILL)
     until(lambda: victim not in children(toy.process.pid) and len(children(toy.process.pid)) == 2)
-    with begin_stream(toy, b"/stream?30") as sock:
+    with begin_stream(toy, b"/stream?40") as sock:
         toy.process.send_signal(signal.SIGTERM)
-        until(lambda: not answers(toy), seconds=3)
-        assert toy.process.poll() is None
+        until(lambda: not answers(toy), seconds=1.5)  # The stream takes two seconds.
         assert toy.process.wait(timeout=10) == 0
         assert b"[DONE]" in read_to_end(sock)
 

@@ -411,9 +411,10 @@ def test_f26_a_full_disk_is_used_again_when_there_is_room(small_disk: Path) -> N
         _for_ever(lambda: spool.start(a_start(new_attempt_id())))
     spool.finish(a_final("a"))
     spool.tick()
-    assert spool.problem
+    full = spool.problem
     ballast.unlink()
     spool.tick()
+    assert full
     spool.start(a_start("b"))
     spool.finish(a_final("b"))
     assert spool.problem is None

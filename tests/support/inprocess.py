@@ -27,7 +27,6 @@ from proxy.auth import Caller
 from proxy.endpoints import http_routes, websocket_routes
 from proxy.gateway import Gateway
 from proxy.inflight import Registry
-from proxy.limits import Limits
 from proxy.segments import read
 from proxy.snapshot import Choice, Snapshot, Upstream
 from proxy.watcher import Watcher
@@ -73,14 +72,16 @@ class House:
         self.watcher = ToldWatcher()
         self.registry = Registry()
         self.gateway = Gateway(
-            watcher=self.watcher, spool_dir=self.spool_dir, registry=self.registry, limits=Limits(redis_url)
+            watcher=self.watcher, spool_dir=self.spool_dir, registry=self.registry, redis_url=redis_url
         )
         self._snapshot = Snapshot(version=1)
         self._thread = LoopThread("house")
         self._socket = socket.socket()
         self._socket.bind((LOOPBACK, 0))
         self.port = self._socket.getsockname()[1]
-        config = Config(self._application(), limits=server or ServerLimits(grace_seconds=0, drain_seconds=0.2))
+        config = Config(
+            self._application(), limits=server or ServerLimits(grace_seconds=0, drain_seconds=0.2)
+        )
         config.lifespan = "off"
         self._server = Server(config, drain=self.registry)
         self.key = self.issue("first")
@@ -141,14 +142,21 @@ class House:
             headers=fields.pop("headers", ()),
         )  # fmt: skip
         upstream = Upstream(
-            endpoint, adapters.kind(kind), fields.pop("priority", number), frozenset({"chat"}), credentials, models
+            endpoint,
+            adapters.kind(kind),
+            fields.pop("priority", number),
+            frozenset({"chat"}),
+            credentials,
+            models,
         )
         upstreams = {**self._snapshot.upstreams, number: replace(upstream, **fields)}
         catalogue: dict[str, tuple[int, ...]] = {}
         for each in sorted(upstreams.values(), key=lambda u: (u.priority, u.id)):
             for name in each.models:
                 catalogue[name] = (*catalogue.get(name, ()), each.id)
-        self._change(upstreams=upstreams, by_slug={u.slug: u.id for u in upstreams.values()}, catalogue=catalogue)
+        self._change(
+            upstreams=upstreams, by_slug={u.slug: u.id for u in upstreams.values()}, catalogue=catalogue
+        )
         return number
 
     def activate(self, *targets: tuple[int, str]) -> None:
@@ -159,7 +167,9 @@ class House:
         """Change the timeouts of every provider."""
         self._change(
             upstreams={
-                number: replace(each, endpoint=replace(each.endpoint, timeouts=replace(each.endpoint.timeouts, **seconds)))
+                number: replace(
+                    each, endpoint=replace(each.endpoint, timeouts=replace(each.endpoint.timeouts, **seconds))
+                )
                 for number, each in self._snapshot.upstreams.items()
             }
         )

@@ -19,7 +19,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, LiteralString, Self
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import psycopg
 from psycopg import sql
@@ -119,12 +119,11 @@ class Postgres:
 
     def create_database(self, name: str, *, template: str = "template0") -> str:
         """Make a database, as a copy of `template` (which nobody may be connected to); its address."""
-        self._maintain("CREATE DATABASE {} TEMPLATE {}", name, template)
-        return self.database(name)
+        return create_database(self.url, name, template=template)
 
     def drop_database(self, name: str) -> None:
         """Remove a database, closing what is still connected to it."""
-        self._maintain("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+        drop_database(self.url, name)
 
     def pause(self) -> None:
         """Stop all its processes where they are: connections stay open and new ones hang."""
@@ -148,10 +147,6 @@ class Postgres:
             self._process.stop(number=signal.SIGQUIT)
             self._process = None
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _maintain(self, template: LiteralString, *names: str) -> None:
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(sql.SQL(template).format(*map(sql.Identifier, names)))
 
     def _initialise(self) -> None:
         password = self.folder / "password"
@@ -198,6 +193,21 @@ class Postgres:
                 if attempt == STARTS:
                     raise
         return None
+
+
+def create_database(server: str, name: str, *, template: str = "template0") -> str:
+    """Make a database on the server that a superuser's address leads to; the new one's address."""
+    _maintain(server, "CREATE DATABASE {} TEMPLATE {}", name, template)
+    return urlsplit(server)._replace(path=f"/{quote(name)}").geturl()
+
+
+def drop_database(server: str, name: str) -> None:
+    _maintain(server, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+
+def _maintain(server: str, statement: LiteralString, *names: str) -> None:
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
 
 
 def _demotion() -> dict[str, Any]:

@@ -43,9 +43,20 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(STOP_TIMEOUT)
 
     def stop(self) -> None:
+        """Cancel what still runs there and end the thread. Nothing happens the second time."""
+        if self.loop.is_closed():
+            return
+        self.run(self._cancel_all())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(STOP_TIMEOUT)
         self.loop.close()
+
+    @staticmethod
+    async def _cancel_all() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Listener:
@@ -103,6 +114,11 @@ class Listener:
 
     async def _refuse(self) -> None:
         if self._server is not None:
+            # First accept no more, then let what was accepted attach itself: asyncio leaks a connection whose server
+            # closed in between.
+            for listener in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            await asyncio.sleep(0.001)
             self._server.close()
             self._server = None
         await self._drop()

@@ -1,0 +1,29 @@
+"""What providers can serve: discovered, or written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.http import HttpRequest
+
+from audit.admin import AuditedAdmin
+from providers.admin.forms import ModelForm
+from providers.models import UpstreamModel
+
+
+@admin.register(UpstreamModel)
+class UpstreamModelAdmin(AuditedAdmin):
+    form = ModelForm
+    list_display = ("name", "provider", "served_for", "context_window", "enabled", "source")
+    list_filter = ("enabled", "source", "provider")
+    list_select_related = ("provider",)
+    search_fields = ("name", "provider__name")
+    fields = ("provider", "name", "enabled", "purposes", "context_window", "dimensions", "capabilities")
+
+    @admin.display(description="Used for")
+    def served_for(self, model: UpstreamModel) -> str:
+        return ", ".join(model.purposes) or "–"
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        return ("provider", "name") if obj is not None else ()

@@ -1,0 +1,198 @@
+"""Vendors and servers of our own: one model, two menu entries."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from django.contrib import admin, messages
+from django.db.models import Count, Q, QuerySet
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.urls import reverse
+from django.utils.safestring import SafeString
+
+from audit.admin import AuditedAdmin
+from audit.roles import may
+from providers import keys
+from providers.adapters import KINDS, SELF_HOSTED
+from providers.admin.badges import badge, health_badge
+from providers.admin.forms import ProviderForm
+from providers.admin.health import HealthViews
+from providers.admin.places import uses_of_providers
+from providers.models import ApiKey, HealthCheck, KeyUse, Provider, ProviderHealth, Server, UpstreamModel
+
+PURPOSES = ("use_for_chat", "use_for_embeddings", "use_for_reranking")
+TIMEOUTS = (
+    "connect_timeout_seconds",
+    "first_token_timeout_seconds",
+    "idle_timeout_seconds",
+    "request_timeout_seconds",
+)
+
+
+class HealthFilter(admin.SimpleListFilter):
+    title = "health"
+    parameter_name = "health"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("healthy", "Healthy"), ("failing", "Failing or down"), ("unknown", "Not checked yet")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any] | None:
+        unchecked = Q(health=None) | Q(health__last_checked_at=None)
+        if self.value() == "healthy":
+            return queryset.filter(health__health_status="healthy", health__is_healthy=True)
+        if self.value() == "failing":
+            return queryset.filter(Q(health__health_status__in=["degraded", "down"]) | Q(health__is_healthy=False))
+        return queryset.filter(unchecked) if self.value() == "unknown" else None
+
+
+class EndpointAdmin(HealthViews, AuditedAdmin):
+    """What servers and vendors share."""
+
+    form = ProviderForm
+    list_display: ClassVar[Any] = ("name", "kind", "address", "health_now", "models", "stored_keys", "priority")
+    list_filter: ClassVar[Any] = ("enabled", HealthFilter, "kind", *PURPOSES)
+    list_select_related = ("health",)
+    search_fields = ("name", "slug", "base_url")
+    search_help_text = "Search by name, slug or address"
+    derived = (ProviderHealth, HealthCheck, KeyUse, UpstreamModel)
+    kinds: ClassVar[frozenset[str]]
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        counts = {
+            "keys_count": Count("keys", filter=Q(keys__enabled=True), distinct=True),
+            "models_known": Count("upstream_models", filter=Q(upstream_models__enabled=True), distinct=True),
+        }
+        return super().get_queryset(request).filter(kind__in=self.kinds).annotate(**counts)
+
+    @admin.display(description="Address", ordering="base_url")
+    def address(self, provider: Provider) -> str:
+        return provider.base_url
+
+    @admin.display(description="Health")
+    def health_now(self, provider: Provider) -> SafeString:
+        return health_badge(provider)
+
+    @admin.display(description="Models", ordering="models_known")
+    def models(self, provider: Any) -> int:
+        return int(provider.models_known)
+
+    @admin.display(description="Keys", ordering="keys_count")
+    def stored_keys(self, provider: Any) -> SafeString | str:
+        if provider.keys_count:
+            return str(provider.keys_count)
+        return badge("needs a key", "warn") if KINDS[provider.kind].needs_key else "–"
+
+    def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
+        form = super().get_form(request, obj, change, **kwargs)
+        form.user = request.user  # type: ignore[attr-defined]  # a fresh class for each request
+        if not may(request.user, "api_keys", "replace" if obj else "add"):
+            form.base_fields.pop("api_key", None)
+        return form
+
+    def formfield_for_choice_field(self, db_field: Any, request: HttpRequest, **kwargs: Any) -> Any:
+        if db_field.name == "kind":
+            kwargs["choices"] = [(name, kind.label) for name, kind in KINDS.items() if name in self.kinds]
+        return super().formfield_for_choice_field(db_field, request, **kwargs)
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        value = form.cleaned_data.get("api_key")
+        moved = change and "base_url" in form.changed_data and self._moved(obj)
+        super().save_model(request, obj, form, change)
+        if value:
+            self._store_key(request, obj, value, moved=moved)
+
+    def _moved(self, obj: Any) -> bool:
+        return keys.moves(Provider.objects.get(pk=obj.pk), obj.base_url)
+
+    def _store_key(self, request: HttpRequest, obj: Any, value: str, *, moved: bool) -> None:
+        author, was_enabled = request.user.get_username(), obj.enabled
+        provider = Provider.objects.get(pk=obj.pk)
+        if provider.keys.exists():
+            key = keys.write_default(provider, value, created_by=author)
+        else:
+            key = ApiKey(provider=provider, name=keys.DEFAULT_NAME, created_by=author)
+            keys.add(key, value)
+        if moved:
+            keys.disable_left_behind(provider, but=key)
+        if provider.enabled and not was_enabled:
+            messages.info(request, f"{provider.name} has its first key, so it was enabled.")
+
+    def get_deleted_objects(self, objs: Any, request: HttpRequest) -> Any:
+        listed, counts, lacking, protected = super().get_deleted_objects(objs, request)
+        return listed, counts, lacking, uses_of_providers(objs) if protected else protected
+
+
+@admin.register(Server)
+class ServerAdmin(EndpointAdmin):
+    kinds = SELF_HOSTED
+    fieldsets = (
+        (None, {"fields": ("name", "kind", "base_url", "api_key", "enabled")}),
+        ("What it is used for", {"fields": (PURPOSES, "priority")}),
+        (
+            "Advanced",
+            {
+                "classes": ("collapse",),
+                "fields": (
+                    "slug",
+                    "custom_headers",
+                    "ca_pem",
+                    "probe_interval_seconds",
+                    *TIMEOUTS,
+                    "model_path",
+                    "metadata",
+                ),
+            },
+        ),
+    )
+
+    def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
+        form = super().get_form(request, obj, change, **kwargs)
+        if "base_url" in form.base_fields:
+            form.base_fields["base_url"].help_text = (
+                "Where the server listens: http://localhost:11434 for Ollama, http://localhost:8000 for vLLM, "
+                "http://localhost:8080 for llama.cpp."
+            )
+        if (key := form.base_fields.get("api_key")) is not None:
+            key.label = "API key (if it wants one)"
+        return form
+
+
+@admin.register(Provider)
+class ProviderAdmin(EndpointAdmin):
+    kinds = frozenset(KINDS) - SELF_HOSTED
+    fieldsets = (
+        (None, {"fields": ("name", "kind", "base_url", "api_key", "enabled")}),
+        ("What it is used for", {"fields": (PURPOSES, "priority")}),
+        (
+            "Advanced",
+            {
+                "classes": ("collapse",),
+                "fields": (
+                    "slug",
+                    "custom_headers",
+                    "allow_private",
+                    "ca_pem",
+                    "probe_interval_seconds",
+                    *TIMEOUTS,
+                    "metadata",
+                ),
+            },
+        ),
+    )
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        return () if may(request.user, "allow_private", "write") else ("allow_private",)
+
+    def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
+        form = super().get_form(request, obj, change, **kwargs)
+        if obj is None and "base_url" in form.base_fields:
+            form.base_fields["base_url"].help_text = "Empty: the vendor's own address."
+        return form
+
+    def change_view(
+        self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None
+    ) -> HttpResponse:
+        """Servers share the numbers of providers, and links by number may mean either."""
+        if object_id.isdecimal() and Server.objects.filter(pk=int(object_id)).exists():
+            return HttpResponseRedirect(reverse("admin:providers_server_change", args=[object_id]))
+        return super().change_view(request, object_id, form_url, extra_context)

@@ -1,0 +1,159 @@
+"""Providers and servers: rows, tests, health and models."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from asgiref.sync import async_to_sync
+from django.db.models.query import QuerySet
+from django_filters import rest_framework as filters
+from drf_spectacular.utils import extend_schema
+from rest_framework import serializers
+from rest_framework.decorators import action
+from rest_framework.request import Request
+from rest_framework.response import Response
+
+from audit import roles
+from audit.api_views import Rows, blaming
+from providers import keys
+from providers.api.serializers import ProviderSerializer, ServerSerializer, default_url
+from providers.api.trials import TrialSerializer, credential_of, try_out
+from providers.api.values import ModelSerializer
+from providers.catalog import refresh_models
+from providers.health import set_override
+from providers.models import ApiKey, Provider, ProviderHealth, Server
+
+
+class ProviderHealthSerializer(serializers.ModelSerializer[ProviderHealth]):
+    """How a provider feels now. `status` is what the last probe saw, `health_status` the verdict."""
+
+    last_health_check = serializers.DateTimeField(source="last_checked_at", read_only=True, allow_null=True)
+
+    class Meta:
+        model = ProviderHealth
+        fields: ClassVar[Any] = (
+            "status", "health_status", "is_healthy", "override", "consecutive_failures", "status_code", "latency_ms",
+            "detail", "models_count", "last_health_check", "changed_at", "next_probe_at",
+        )  # fmt: skip
+        read_only_fields: ClassVar[Any] = fields
+
+
+class OverrideSerializer(serializers.Serializer[Any]):
+    is_healthy = serializers.BooleanField(allow_null=True, help_text="null lifts the override.")
+
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, dict) and (unknown := data.keys() - self.fields.keys()):
+            raise serializers.ValidationError({name: ["There is no such field."] for name in unknown})
+        return super().to_internal_value(data)
+
+
+class ModelsSerializer(serializers.Serializer[Any]):
+    models = ModelSerializer(many=True)
+    cached = serializers.BooleanField()
+    fetched_at = serializers.DateTimeField(allow_null=True)
+
+
+class ProviderFilter(filters.FilterSet):  # type: ignore[misc]
+    enabled_only = filters.BooleanFilter(method="only_enabled")
+    is_active = filters.BooleanFilter(field_name="enabled")
+    health_status = filters.CharFilter(field_name="health__health_status")
+
+    class Meta:
+        model = Provider
+        fields: ClassVar = ["kind", "enabled", "slug"]
+
+    def only_enabled(self, rows: QuerySet[Provider], name: str, value: bool) -> QuerySet[Provider]:
+        return rows.filter(enabled=True) if value else rows
+
+
+class Providers(Rows):
+    """Everything that can answer: vendors and servers of our own."""
+
+    resource = "providers"
+    words: ClassVar = {
+        "test": "test",
+        "test_direct": "test",
+        "health": "read",
+        "override": "override",
+        "models": "read",
+    }
+    serializer_class: ClassVar[Any] = ProviderSerializer
+    queryset = Provider.objects.select_related("health").prefetch_related("keys", "upstream_models")
+    filterset_class = ProviderFilter
+    search_fields = ("name", "slug", "base_url")
+    ordering_fields = ("id", "name", "slug", "kind", "priority", "enabled", "created_at", "updated_at")
+
+    @extend_schema(request=None, responses=TrialSerializer)
+    @action(detail=True, methods=["post"])
+    def test(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Ask the provider the cheapest question it has, with its default key. 200 whatever the result."""
+        provider = self.get_object()
+        return Response(try_out(provider, credential_of(provider)))
+
+    @extend_schema(responses=ModelsSerializer)
+    @action(detail=True, methods=["get"], pagination_class=None, filter_backends=[])
+    def models(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """The models that are known of this provider. Where none are known yet, it is asked."""
+        provider = self.get_object()
+        known = provider.upstream_models.filter(enabled=True)
+        cached = known.exists() or not roles.may(request.user, self.resource, "test")
+        if not cached:
+            async_to_sync(refresh_models)(provider)
+        return Response(
+            {
+                "models": ModelSerializer(known.all(), many=True).data,
+                "cached": cached,
+                "fetched_at": getattr(getattr(provider, "health", None), "last_checked_at", None),
+            }
+        )
+
+
+class VendorsAndServers(Providers):
+    """What `providers` has beyond `servers`: health with its override, and a test of what is not saved."""
+
+    @extend_schema(responses=ProviderHealthSerializer)
+    @action(detail=True, methods=["get"], pagination_class=None, filter_backends=[])
+    def health(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """How the provider feels now."""
+        return self._health(self.get_object())
+
+    @extend_schema(request=OverrideSerializer, responses=ProviderHealthSerializer)
+    @health.mapping.patch
+    def override(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Say that the provider is well, or is not, whatever its probes see; the count of failures starts anew."""
+        form = OverrideSerializer(data=request.data)
+        form.is_valid(raise_exception=True)
+        with self.changing():
+            provider = self.get_object()
+            set_override(provider, form.validated_data["is_healthy"])
+        return self._health(self.get_object())
+
+    @extend_schema(request=ProviderSerializer, responses=TrialSerializer)
+    @action(detail=False, methods=["post"], url_path="test-direct")
+    def test_direct(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Test a provider that is not saved, and save nothing."""
+        form = self.get_serializer(data=request.data)
+        form.is_valid(raise_exception=True)
+        values = {**form.validated_data}
+        api_key, _ = values.pop("api_key", None), values.pop("upstream_models", None)
+        provider = Provider(**values)
+        provider.base_url = provider.base_url or default_url(provider.kind)
+        with form.named():
+            provider.full_clean(validate_unique=False, validate_constraints=False)
+        credential = None
+        if api_key:
+            key = ApiKey(provider=provider, name="unsaved")
+            with blaming("api_key"):
+                keys.store(key, api_key)
+            credential = key.credential()
+        return Response(try_out(provider, credential))
+
+    def _health(self, provider: Provider) -> Response:
+        return Response(ProviderHealthSerializer(getattr(provider, "health", None) or ProviderHealth()).data)
+
+
+class Servers(Providers):
+    """The servers that we run ourselves: vLLM, Ollama, llama.cpp and anything OpenAI-compatible."""
+
+    serializer_class = ServerSerializer
+    queryset = Server.objects.select_related("health").prefetch_related("keys", "upstream_models")

@@ -1,0 +1,90 @@
+"""What was asked and what it was worth; only looked at."""
+
+from __future__ import annotations
+
+from django.contrib import admin
+from django.utils.safestring import SafeString
+
+from audit.admin import ReadOnlyAdmin
+from providers.admin.badges import badge
+from proxy.models import UsageRecord
+
+COLOURS = {"success": "good", "error": "bad", "client_disconnected": "plain"}
+
+
+@admin.register(UsageRecord)
+class UsageRecordAdmin(ReadOnlyAdmin):
+    list_display = (
+        "created_at",
+        "gateway_key",
+        "provider",
+        "model",
+        "ended",
+        "tokens_in",
+        "tokens_out",
+        "cost",
+        "first_token",
+        "duration",
+    )
+    list_display_links = ("created_at",)
+    list_filter = ("created_at", "status", "provider", "purpose", "stream")
+    search_fields = ("=request_id", "gateway_key", "model", "owner")
+    search_help_text = "Search by request id, gateway key, model or owner"
+    date_hierarchy = "created_at"
+    fieldsets = (
+        ("Request", {"fields": ("request_id", "created_at", "gateway_key", "owner", "purpose", "stream", "attempt")}),
+        ("Where it went", {"fields": ("route", "requested_model", "provider", "model", "api_key_id")}),
+        (
+            "How it ended",
+            {"fields": ("status", "error_code", "http_status", "ttft_ms", "duration_ms", "bytes_out", "client_disconnected")},
+        ),
+        (
+            "Tokens and cost",
+            {
+                "fields": (
+                    "prompt_tokens",
+                    "completion_tokens",
+                    "cached_tokens",
+                    "cache_write_tokens",
+                    "reasoning_tokens",
+                    "tokens_source",
+                    "cost",
+                )
+            },
+        ),
+        ("Attempts", {"classes": ("collapse",), "fields": ("id", "trace")}),
+    )
+
+    @admin.display(description="Status", ordering="status")
+    def ended(self, record: UsageRecord) -> SafeString:
+        text = str(record.get_status_display()).lower()
+        if record.error_code:
+            text = f"{text}: {record.error_code}"
+        return badge(text, COLOURS.get(record.status, "warn"))
+
+    @admin.display(description="In", ordering="prompt_tokens")
+    def tokens_in(self, record: UsageRecord) -> str:
+        return counted(record, record.prompt_tokens)
+
+    @admin.display(description="Out", ordering="completion_tokens")
+    def tokens_out(self, record: UsageRecord) -> str:
+        return counted(record, record.completion_tokens)
+
+    @admin.display(description="Cost", ordering="cost_nanodollars")
+    def cost(self, record: UsageRecord) -> str:
+        return "unknown" if record.cost_nanodollars is None else f"${record.cost_nanodollars / 1e9:.6f}"
+
+    @admin.display(description="First token", ordering="ttft_ms")
+    def first_token(self, record: UsageRecord) -> str:
+        return "–" if record.ttft_ms is None else f"{record.ttft_ms} ms"
+
+    @admin.display(description="Took", ordering="duration_ms")
+    def duration(self, record: UsageRecord) -> str:
+        return "–" if record.duration_ms is None else f"{record.duration_ms} ms"
+
+
+def counted(record: UsageRecord, tokens: int) -> str:
+    """Token counts say when nobody knows them, or when they are our estimate."""
+    if record.tokens_source == UsageRecord.TokensSource.NONE:
+        return "–"
+    return f"~{tokens}" if record.tokens_source == UsageRecord.TokensSource.ESTIMATED else str(tokens)

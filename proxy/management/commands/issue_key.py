@@ -1,0 +1,40 @@
+"""A gateway key from the command line."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from typing import Any
+
+from django.contrib.auth.models import User
+from django.core.exceptions import ValidationError
+from django.core.management.base import BaseCommand, CommandError
+
+from audit.changes import changes
+from proxy import keys
+from proxy.models import GatewayKey
+
+
+class Command(BaseCommand):
+    help = "Issues a gateway key and prints it, this once."
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument("name", help="who or what will use it")
+        parser.add_argument("--owner", help="the user whose usage this is")
+
+    def handle(self, *args: Any, name: str, owner: str | None, **options: Any) -> None:
+        key = GatewayKey(name=name, owner=_user(owner) if owner else None)
+        whole = keys.give_secret(key)
+        try:
+            with changes(actor=None, via="command"):
+                key.full_clean()
+                key.save()
+        except ValidationError as error:
+            raise CommandError(" ".join(error.messages)) from None
+        self.stdout.write(whole)
+
+
+def _user(name: str) -> User:
+    user = User.objects.filter(username=name).first()
+    if user is None:
+        raise CommandError(f"there is no user {name}")
+    return user

@@ -1,0 +1,1 @@
+"""What the gateway costs, beside a bare pass-through: see `tests.bench.__main__`."""

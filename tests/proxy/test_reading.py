@@ -1,0 +1,110 @@
+"""An upstream's stream, cut in any way, is understood in one way."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from providers.adapters import KINDS
+from proxy.reading import AnswerReader
+
+CHAT = KINDS["openai"].chat
+assert CHAT is not None
+
+
+def event(delta: dict[str, Any] | None, *, finish: str | None = None, index: int = 0, **more: Any) -> bytes:
+    choices = [] if delta is None else [{"index": index, "delta": delta, "finish_reason": finish}]
+    return b"data: " + json.dumps({"id": "c1", "choices": choices, **more}, ensure_ascii=False).encode() + b"\n\n"
+
+
+ROLE = event({"role": "assistant", "content": ""})
+WORDS = [event({"content": f"wörd {n}\u2028 "}) for n in range(6)]
+FINISH = event({}, finish="stop")
+USAGE = event(None, usage={"prompt_tokens": 3, "completion_tokens": 6, "total_tokens": 9})
+DONE = b"data: [DONE]\n\n"
+WHOLE = b"".join([ROLE, *WORDS, b": keep-alive\n\n", FINISH, USAGE, DONE])
+EXPECTED = b"".join([ROLE, *WORDS, b": keep-alive\n\n", FINISH])
+
+
+def reader(*, choices: int = 1, wants_usage: bool = False) -> AnswerReader:
+    assert CHAT is not None
+    return AnswerReader(CHAT, choices=choices, wants_usage=wants_usage)
+
+
+def feed(one: AnswerReader, parts: list[bytes]) -> bytes:
+    return b"".join(one.feed(part) for part in parts)
+
+
+@given(st.sets(st.integers(1, len(WHOLE) - 1), max_size=30))
+def test_any_cutting_gives_the_same_bytes_the_same_usage_and_the_same_end(cuts: set[int]) -> None:
+    bounds = [0, *sorted(cuts), len(WHOLE)]
+    one = reader()
+    out = feed(one, [WHOLE[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
+    assert one.complete and one.done and one.failure is None
+    assert out + one.last_bytes() == EXPECTED + DONE
+    assert one.usage is not None and (one.usage.prompt, one.usage.completion) == (3, 6)
+    assert one.finish_reason == "stop"
+
+
+@given(st.integers(0, len(WHOLE) - 1))
+def test_a_stream_that_ends_early_is_never_complete_unless_it_said_so(end: int) -> None:
+    one = reader()
+    out = one.feed(WHOLE[:end])
+    out += one.ended()
+    if FINISH in WHOLE[:end] + b"\n\n" or WHOLE[:end].endswith(FINISH.rstrip()) or FINISH.rstrip() in WHOLE[:end]:
+        assert one.complete
+    else:
+        assert one.failure is not None and not one.complete
+        assert EXPECTED.startswith(out.rstrip(b"\n")) or b"data: " in out
+
+
+def test_nothing_is_released_before_there_is_content() -> None:
+    one = reader()
+    assert one.feed(b": hello\n\n" + ROLE) == b""
+    assert not one.begun
+    assert one.feed(WORDS[0]) == ROLE + WORDS[0]
+    assert one.begun
+
+
+def test_the_end_is_held_until_it_is_asked_for() -> None:
+    one = reader(wants_usage=True)
+    assert one.feed(ROLE + WORDS[0] + WORDS[1]) == ROLE + WORDS[0] + WORDS[1]
+    assert one.feed(WORDS[2] + FINISH) == WORDS[2]
+    assert one.complete and not one.done
+    assert one.feed(USAGE + DONE) == b""
+    assert one.last_bytes() == FINISH + USAGE + DONE
+
+
+def test_every_choice_has_to_finish() -> None:
+    one = reader(choices=2)
+    assert one.feed(WORDS[0] + FINISH) == WORDS[0] + FINISH
+    assert not one.complete
+    assert one.feed(event({"content": "b"}, index=1)) != b""
+    one.feed(event({}, finish="stop", index=1))
+    assert one.complete
+
+
+@pytest.mark.parametrize("broken", [b"data: {oops\n\n", b"data: \xff\xfe\n\n", b"data: [1]\n\n", b"garbage: x\ndata: nope\n\n"])
+def test_what_came_before_garbage_is_released_and_the_garbage_is_not(broken: bytes) -> None:
+    one = reader()
+    out = one.feed(ROLE + WORDS[0] + WORDS[1] + broken + WORDS[2])
+    assert out == ROLE + WORDS[0] + WORDS[1]
+    assert one.failure is not None
+
+
+def test_words_about_errors_and_usage_are_only_words() -> None:
+    tricky = event({"content": '{"error": {"code": 1}, "usage": {"prompt_tokens": 1}, "finish_reason": "stop"} [DONE]'})
+    one = reader()
+    assert one.feed(ROLE + tricky + WORDS[0]) == ROLE + tricky + WORDS[0]
+    assert one.failure is None and not one.complete and one.usage is None
+
+
+def test_an_error_after_the_finish_reason_changes_nothing() -> None:
+    one = reader()
+    one.feed(ROLE + WORDS[0] + FINISH + b'data: {"error": {"message": "late"}}\n\n')
+    assert one.complete and one.failure is None
+    assert one.last_bytes() == FINISH + DONE
