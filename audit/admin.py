@@ -18,7 +18,7 @@ from django.contrib.messages import get_messages
 from django.core.exceptions import ValidationError
 from django.db import OperationalError
 from django.db.models import Model, QuerySet
-from django.http import HttpRequest, HttpResponse, HttpResponseBase, HttpResponseRedirect
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, HttpResponseRedirect
 from django.shortcuts import render
 from django.urls import URLPattern, path, reverse
 from django.utils.crypto import constant_time_compare, salted_hmac
@@ -27,9 +27,10 @@ from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 from django.utils.text import capfirst
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+from unfold.widgets import UnfoldAdminCheckboxSelectMultipleWidget
 
 from audit.changes import AuditUnavailable, Change, changes, identity_of
-from audit.diff import state_of
+from audit.diff import HIDDEN, state_of
 from audit.models import Entry
 
 if TYPE_CHECKING:
@@ -41,7 +42,20 @@ else:
 
 logger = logging.getLogger(__name__)
 
-LOOKUPS = ("exact", "in", "isnull", "gte", "gt", "lte", "lt", "year", "month", "day", "id__exact", "pk__exact")
+LOOKUPS = (
+    "exact",
+    "in",
+    "isnull",
+    "gte",
+    "gt",
+    "lte",
+    "lt",
+    "year",
+    "month",
+    "day",
+    "id__exact",
+    "pk__exact",
+)
 """What a listed column may be filtered by. Prefixes and patterns would read a column letter by letter (R44)."""
 
 
@@ -66,7 +80,9 @@ def write(request: HttpRequest, view: Callable[[], HttpResponseBase]) -> HttpRes
         logger.exception("a change was undone")
         list(get_messages(request))  # they tell of what did not happen
         context = {**admin.site.each_context(request), "title": "Nothing was changed"}
-        return render(request, "admin/unavailable.html", context, status=503, headers={"Retry-After": "5"})
+        response = render(request, "admin/unavailable.html", context, status=503)
+        response["Retry-After"] = "5"
+        return response
 
 
 def row_version(row: Model) -> str:
@@ -75,7 +91,8 @@ def row_version(row: Model) -> str:
     if version is not None:
         return str(version)
     members = {
-        field.name: sorted(getattr(row, field.name).values_list("pk", flat=True)) for field in row._meta.many_to_many
+        field.name: sorted(getattr(row, field.name).values_list("pk", flat=True))
+        for field in row._meta.many_to_many
     }
     text = json.dumps([state_of(row), members], sort_keys=True, default=str)
     return salted_hmac("audit.admin.row_version", text).hexdigest()
@@ -121,8 +138,9 @@ class AuditedAdmin(ModelAdmin):
 
     form: type[ModelForm] = VersionedForm
     change_form_before_template: ClassVar = "admin/version_field.html"
-    show_full_result_count = False
     list_per_page = 50
+    delete_confirmation_template = "admin/delete_one.html"
+    delete_selected_confirmation_template = "admin/delete_several.html"
     derived: ClassVar[Sequence[type[Model]]] = ()
     unrecorded_actions: ClassVar[frozenset[str]] = frozenset()
     object_views: ClassVar[Sequence[tuple[str, str]]] = ()
@@ -141,7 +159,11 @@ class AuditedAdmin(ModelAdmin):
         return own + super().get_urls()
 
     def changeform_view(
-        self, request: HttpRequest, object_id: str | None = None, form_url: str = "", extra_context: Any = None
+        self,
+        request: HttpRequest,
+        object_id: str | None = None,
+        form_url: str = "",
+        extra_context: Any = None,
     ) -> Any:
         extra = {**(extra_context or {}), "show_history": request.user.has_perm("audit.view_entry")}
         view = super().changeform_view
@@ -169,16 +191,24 @@ class AuditedAdmin(ModelAdmin):
         """The history of an object is what the audit log says about it."""
         row = self.get_object(request, object_id)
         if row is None:
-            return self._get_obj_does_not_exist_redirect(request, self.opts, object_id)  # type: ignore[attr-defined]
+            raise Http404
         identity = identity_of(row)
-        query = urlencode({"entity_type__exact": identity.entity_type, "entity_id__exact": identity.entity_id})
+        query = urlencode(
+            {"entity_type__exact": identity.entity_type, "entity_id__exact": identity.entity_id}
+        )
         return HttpResponseRedirect(f"{reverse('admin:audit_entry_changelist')}?{query}")
 
     def lookup_allowed(self, lookup: str, value: str, request: HttpRequest | None = None) -> bool:
         """Only what is offered: a filter of the list, or a lookup that our own links make."""
         filters = self.get_list_filter(request) if request else self.list_filter
-        columns = {item if isinstance(item, str) else item[0] for item in filters if not isinstance(item, type)}
-        own = {item.parameter_name for item in filters if isinstance(item, type) and hasattr(item, "parameter_name")}
+        columns = {
+            item if isinstance(item, str) else item[0] for item in filters if not isinstance(item, type)
+        }
+        own = {
+            item.parameter_name
+            for item in filters
+            if isinstance(item, type) and hasattr(item, "parameter_name")
+        }
         if self.date_hierarchy:
             columns.add(self.date_hierarchy)
         offered = {f"{column}__{ending}" for column in columns for ending in LOOKUPS}
@@ -187,7 +217,12 @@ class AuditedAdmin(ModelAdmin):
     def get_deleted_objects(self, objs: Any, request: HttpRequest) -> Any:
         listed, counts, lacking, protected = super().get_deleted_objects(objs, request)
         names = {str(model._meta.verbose_name) for model in self.derived}
-        return pruned(listed, tuple(f"{capfirst(name)}: " for name in names)), counts, lacking - names, protected
+        return (
+            pruned(listed, tuple(f"{capfirst(name)}: " for name in names)),
+            counts,
+            lacking - names,
+            protected,
+        )
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
         if not change and hasattr(obj, "created_by"):
@@ -225,7 +260,8 @@ def pruned(listed: list[Any], starts: tuple[str, ...]) -> list[Any]:
 class ReadOnlyAdmin(AuditedAdmin):
     """Rows that the program writes and people only look at."""
 
-    actions: ClassVar = None
+    actions = None
+    show_full_result_count = False
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
@@ -242,17 +278,21 @@ class ReadOnlyAdmin(AuditedAdmin):
 
 @admin.register(Entry)
 class EntryAdmin(ReadOnlyAdmin):
-    list_display = ("seq", "timestamp", "who", "what", "entity_name", "summary", "via", "ip")
-    list_display_links = ("seq", "timestamp")
+    list_display = ("seq", "when", "who", "what", "entity_name", "summary", "via", "address")
+    list_display_links = ("seq", "when")
     list_filter = ("timestamp", "action", "entity_type", "via")
     search_fields = ("username", "entity_name", "action", "=request_id")
     search_help_text = "Search by user, name, action or request id"
     date_hierarchy = "timestamp"
     extra_lookups = frozenset({"entity_id__exact", "user_id__exact"})
     fieldsets = (
-        (None, {"fields": ("seq", "timestamp", "who", "what", "entity", "changes_table")}),
-        ("Where it came from", {"fields": ("via", "ip", "request_id", "hash")}),
+        (None, {"fields": ("seq", "when", "who", "what", "entity", "changes_table")}),
+        ("Where it came from", {"fields": ("via", "address", "request_id", "hash")}),
     )
+
+    @admin.display(description="When (UTC)", ordering="timestamp")
+    def when(self, entry: Entry) -> str:
+        return f"{entry.timestamp:%Y-%m-%d %H:%M:%S}"
 
     @admin.display(description="Who", ordering="username")
     def who(self, entry: Entry) -> str:
@@ -264,8 +304,13 @@ class EntryAdmin(ReadOnlyAdmin):
 
     @admin.display(description="Changed fields")
     def summary(self, entry: Entry) -> str:
-        names = list(entry.changes)
+        """Names of fields; of what is new or gone, all fields changed, which tells nothing."""
+        names = [] if entry.action.startswith(("add_", "delete_")) else list(entry.changes)
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    @admin.display(description="IP address")
+    def address(self, entry: Entry) -> str:
+        return entry.ip or "-"
 
     @admin.display(description="About")
     def entity(self, entry: Entry) -> str:
@@ -277,7 +322,11 @@ class EntryAdmin(ReadOnlyAdmin):
         rows = format_html_join(
             "",
             '<tr><th scope="row">{}</th><td>{}</td><td>{}</td></tr>',
-            ((name, shown(before), shown(after)) for name, (before, after) in entry.changes.items()),
+            (
+                (name, shown(before), shown(after))
+                for name, (before, after) in entry.changes.items()
+                if shown(before) != shown(after) or before == HIDDEN
+            ),
         )
         return format_html(
             '<div class="ps-scroll"><table class="ps-table"><thead><tr><th>Field</th><th>Before</th><th>After</th></tr>'
@@ -289,14 +338,21 @@ class EntryAdmin(ReadOnlyAdmin):
 def shown(value: Any) -> str:
     """A value of the log as people read it."""
     if value is None or value in ("", [], {}):
-        return "–"
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class PersonForm(VersionedForm, UserChangeForm):  # type: ignore[misc]  # unfold carries no types
-    pass
+    """Roles are few, so they are ticked."""
+
+    groups = forms.ModelMultipleChoiceField(
+        Group.objects.order_by("name"),
+        required=False,
+        label="Roles",
+        widget=UnfoldAdminCheckboxSelectMultipleWidget,
+    )
 
 
 admin.site.unregister(User)
@@ -310,15 +366,15 @@ class PersonAdmin(AuditedAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # D
     change_password_form = AdminPasswordChangeForm
     list_display = ("username", "email", "roles", "is_active", "is_staff", "is_superuser", "last_login")
     list_filter = ("is_active", "is_staff", "is_superuser", "groups")
-    filter_horizontal = ("groups",)
+    filter_horizontal = ()
     fieldsets = (
         (None, {"fields": ("username", "password", "first_name", "last_name", "email")}),
         (
             "What this person may do",
             {
                 "fields": ("is_active", "is_staff", "is_superuser", "groups"),
-                "description": "A role is a group: viewer, operator, administrator or member. "
-                "Viewers, operators and administrators need staff status to log in here.",
+                "description": "A viewer looks, an operator runs providers and keys, an administrator may do all; these "
+                "three get staff status by themselves. A member uses the API only.",
             },
         ),
         ("Dates", {"fields": ("last_login", "date_joined")}),
@@ -330,7 +386,7 @@ class PersonAdmin(AuditedAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # D
 
     @admin.display(description="Roles")
     def roles(self, user: User) -> str:
-        return ", ".join(group.name for group in user.groups.all()) or "–"
+        return ", ".join(group.name for group in user.groups.all()) or "-"
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
         """Only a superuser makes superusers."""
@@ -369,4 +425,4 @@ def _own_paths() -> list[URLPattern]:
 
 
 # The theme's site asks for paths of our own here, and tries them before its own.
-admin.site.extra_urls = _own_paths  # type: ignore[attr-defined]  # unfold's hook
+admin.site.extra_urls = _own_paths

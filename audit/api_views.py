@@ -34,6 +34,7 @@ WORDS: Mapping[str, str] = {
 }
 """What REST framework's actions are called in the table of roles."""
 
+MAX_INTEGER = 2**31 - 1
 TAG = re.compile(r'(?:W/)?"([^"]*)"')
 
 
@@ -161,6 +162,16 @@ class StrictSerializer(serializers.ModelSerializer[Row], Generic[Row]):
 
     aliases: ClassVar[Mapping[str, str]] = {}
     volatile: ClassVar[frozenset[str]] = frozenset()
+
+    def build_standard_field(self, field_name: str, model_field: Any) -> Any:
+        """The same bounds on every database: SQLite would take numbers that PostgreSQL's columns cannot hold."""
+        field_class, options = super().build_standard_field(field_name, model_field)
+        if isinstance(model_field, models.IntegerField) and not isinstance(
+            model_field, models.BigIntegerField
+        ):
+            options["max_value"] = MAX_INTEGER
+            options["min_value"] = max(options.get("min_value", -MAX_INTEGER), -MAX_INTEGER)
+        return field_class, options
 
     def to_internal_value(self, data: Any) -> Any:
         if isinstance(data, Mapping):

@@ -25,7 +25,9 @@ class ActiveRouter(Router):
     """`active` is one thing with three parts, so its list takes the POST that sets a part."""
 
     routes = [
-        Route(r"^{prefix}{trailing_slash}$", {"get": "list", "post": "choose"}, "{basename}-list", False, {}),
+        Route(
+            r"^{prefix}{trailing_slash}$", {"get": "overview", "post": "choose"}, "{basename}-list", False, {}
+        ),
         Route(
             r"^{prefix}/{lookup}{trailing_slash}$",
             {"get": "retrieve", "put": "update", "delete": "destroy"},

@@ -9,8 +9,11 @@ from typing import Any
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 from channels.routing import ProtocolTypeRouter, URLRouter
+from django.conf import settings
 from django.core.asgi import get_asgi_application
 
+# WhiteNoise serves from the packages; it warns when the folder for collected files is missing.
+settings.STATIC_ROOT.mkdir(parents=True, exist_ok=True)
 django_application = get_asgi_application()
 
 from proxy.consumers.operations import live, metrics, ready

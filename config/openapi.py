@@ -6,13 +6,18 @@ from typing import Any
 
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
 
-
 Endpoint = tuple[str, str, str, Any]
 Schema = dict[str, Any]
 
 DATA_PLANE = "data plane"
 ERROR = "#/components/schemas/Error"
 DATA_ERROR = "#/components/schemas/DataPlaneError"
+IF_MATCH = {
+    "name": "If-Match",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "The ETag that was read; when the row has changed since, the answer is 412.",
+}
 STATUSES = {
     "400": "The request is not valid.",
     "401": "Nobody is logged in.",
@@ -44,7 +49,9 @@ def only_v1(endpoints: list[Endpoint], **kwargs: Any) -> list[Endpoint]:
     return [
         (path.rstrip("/"), regex, method, callback)
         for path, regex, method, callback in endpoints
-        if path.startswith("/api/v1/") and not path.startswith("/api/v1/llm-config/") and "/schema" not in path
+        if path.startswith("/api/v1/")
+        and not path.startswith("/api/v1/llm-config/")
+        and "/schema" not in path
     ]
 
 
@@ -55,6 +62,8 @@ def with_errors(result: Schema, generator: Any, request: Any, public: bool) -> S
         for method, operation in path.items():
             for status in _statuses(method, operation):
                 operation["responses"].setdefault(status, _refers(STATUSES[status], ERROR))
+            if "412" in operation["responses"]:
+                operation.setdefault("parameters", []).append(IF_MATCH)
     return result
 
 

@@ -70,22 +70,26 @@ def aad_for(model: str, field: str, uid: str, origin: str = "") -> bytes:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Keyring:
-    """The unwrapped data keys, by id; new values are sealed under `primary`."""
+    """The unwrapped data keys, by id; new values are sealed under `primary`.
+
+    marker: the key of fingerprints. It seals nothing and is never rotated, so fingerprints stay comparable for ever.
+    """
 
     primary: str
     keys: Mapping[str, bytes]
+    marker: bytes
 
     @classmethod
     def fresh(cls) -> Keyring:
-        return cls.with_new_key({})
+        return cls("", {}, secrets.token_bytes(32)).with_new_key()
 
-    @classmethod
-    def with_new_key(cls, keys: Mapping[str, bytes]) -> Keyring:
+    def with_new_key(self) -> Keyring:
+        """This keyring and one more data key, under which values are sealed from now on."""
         kid = secrets.token_hex(4)
-        return cls(kid, {**keys, kid: secrets.token_bytes(32)})
+        return Keyring(kid, {**self.keys, kid: secrets.token_bytes(32)}, self.marker)
 
     def without(self, kid: str) -> Keyring:
-        return Keyring(self.primary, {each: key for each, key in self.keys.items() if each != kid})
+        return Keyring(self.primary, {each: key for each, key in self.keys.items() if each != kid}, self.marker)
 
     def seal(self, plaintext: str, *, aad: bytes) -> str:
         nonce = secrets.token_bytes(12)
@@ -94,10 +98,10 @@ class Keyring:
 
     def open(self, sealed: str, *, aad: bytes) -> Secret:
         """The value; CredentialUnavailable when the key is gone, or anything about it was changed."""
-        version, _, rest = sealed.partition(".")
-        kid, _, blob = rest.partition(".")
+        kid = key_id(sealed)
         key = self.keys.get(kid)
-        if version != "v1" or key is None:
+        blob = sealed.removeprefix(f"v1.{kid}.")
+        if key is None:
             raise CredentialUnavailable(detail="sealed under a key that is not in the keyring")
         try:
             data = _unb64(blob)
@@ -106,9 +110,14 @@ class Keyring:
             raise CredentialUnavailable(detail="the sealed value was changed or belongs elsewhere") from error
 
     def fingerprint(self, plaintext: str) -> str:
-        """A keyed hash that says "the same secret" and nothing else; keyed by the oldest key, so it stays comparable."""
-        oldest = next(iter(self.keys.values()))
-        return hmac.new(oldest, b"fingerprint|" + plaintext.encode(), hashlib.sha256).hexdigest()[:24]
+        """A keyed hash that says "the same secret" and nothing else."""
+        return hmac.new(self.marker, b"fingerprint|" + plaintext.encode(), hashlib.sha256).hexdigest()[:24]
+
+
+def key_id(sealed: str) -> str:
+    """The id of the data key that a value is sealed under; empty when it is no sealed value."""
+    version, _, rest = sealed.partition(".")
+    return rest.partition(".")[0] if version == "v1" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,8 @@ class Wrap:
 
 def wrap(keyring: Keyring, encryption_key: bytes, *, rounds: int = ROUNDS) -> Wrap:
     salt, nonce = secrets.token_bytes(16), secrets.token_bytes(12)
-    text = json.dumps({"primary": keyring.primary, "keys": {kid: _b64(key) for kid, key in keyring.keys.items()}})
+    keys = {kid: _b64(key) for kid, key in keyring.keys.items()}
+    text = json.dumps({"primary": keyring.primary, "keys": keys, "marker": _b64(keyring.marker)})
     blob = AESGCM(_stretch(encryption_key, salt, rounds)).encrypt(nonce, text.encode(), WRAP_AAD)
     return Wrap(_b64(salt), rounds, _b64(nonce + blob))
 
@@ -133,7 +143,8 @@ def unwrap(stored: Wrap, encryption_key: bytes) -> Keyring | None:
         data = _unb64(stored.blob)
         key = _stretch(encryption_key, _unb64(stored.salt), stored.rounds)
         content = json.loads(AESGCM(key).decrypt(data[:12], data[12:], WRAP_AAD))
-        return Keyring(content["primary"], {kid: _unb64(text) for kid, text in content["keys"].items()})
+        keys = {kid: _unb64(text) for kid, text in content["keys"].items()}
+        return Keyring(content["primary"], keys, _unb64(content["marker"]))
     except (InvalidTag, ValueError, KeyError, binascii.Error):
         return None
 

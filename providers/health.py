@@ -6,6 +6,7 @@ was read, so an older probe never overwrites a newer one, nor a person's word.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import random
@@ -18,6 +19,8 @@ from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
+from audit.changes import NotInChanges
+from audit.changes import record as audit_record
 from providers import adapters, catalog, errors, upstream
 from providers.models import ApiKey, HealthCheck, Provider, ProviderHealth, Status, Verdict
 from providers.wire import Answer, Credential, Endpoint, ProbeStatus, Reading
@@ -155,19 +158,26 @@ def record(provider_id: int, reading: Reading, *, now: datetime) -> ProviderHeal
 def set_override(provider: Provider, is_healthy: bool | None) -> ProviderHealth:
     """A person's word on the provider, whatever its probes see; None lifts it. A word resets the count of failures.
 
-    What was overridden is probed at once when the override is lifted.
+    What was overridden is probed at once when the override is lifted. Inside `audit.changes` the word is recorded.
     """
     while True:
         health = _row(provider.pk) or _made(provider.pk)
-        before = health.health_status
+        before, old = health.health_status, health.override
         changes: dict[str, Any] = {"override": is_healthy}
         if is_healthy is None:
             changes["next_probe_at"] = timezone.now()
         else:
             changes["consecutive_failures"] = 0
         if _swap(health, changes):
+            if old is not is_healthy:
+                _record_override(provider, old, is_healthy)
             _tell(health, before)
             return health
+
+
+def _record_override(provider: Provider, old: bool | None, new: bool | None) -> None:
+    with contextlib.suppress(NotInChanges):
+        audit_record(provider, verb="override", before={"is_healthy": old}, after={"is_healthy": new})
 
 
 def ensure_rows() -> None:
@@ -228,7 +238,7 @@ _WITNESSES = ("last_checked_at", "override", "consecutive_failures", "next_probe
 def _swap(health: ProviderHealth, changes: dict[str, Any]) -> bool:
     """Write `changes` and what follows from them, unless the row is no longer the one that was read."""
     seen = {name: getattr(health, name) for name in _WITNESSES}
-    unchanged = {f"{name}__isnull" if old is None else name: old is None or old for name, old in seen.items()}
+    unchanged = {f"{name}__isnull" if old is None else name: True if old is None else old for name, old in seen.items()}
     for name, value in changes.items():
         setattr(health, name, value)
     verdict = _verdict(health)

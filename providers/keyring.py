@@ -5,14 +5,14 @@ from __future__ import annotations
 from datetime import datetime
 
 from django.conf import settings
-from django.db import DatabaseError
+from django.db import DatabaseError, transaction
 
 from providers import crypto
 from providers.crypto import Keyring, Wrap
 from providers.errors import CredentialUnavailable
 from providers.fields import raw
 from providers.models.keyring import Keyring as KeyringRow
-
+from providers.models.provider import ApiKey
 
 _opened_at: datetime | None = None
 """The `updated_at` of the row that the process's keyring came from."""
@@ -67,15 +67,19 @@ def ensure() -> Keyring:
     return _open(row)
 
 
-def _open(row: KeyringRow) -> Keyring:
+def _use(keyring: Keyring, row: KeyringRow) -> None:
     global _opened_at
+    crypto.install(keyring)
+    _opened_at = row.updated_at
+
+
+def _open(row: KeyringRow) -> Keyring:
     _require_key()
     for stored in row.wraps:
         keyring = crypto.unwrap(Wrap(**stored), settings.PENSTOCK_ENCRYPTION_KEY)
         if keyring is not None:
             _check_canary(keyring, row)
-            crypto.install(keyring)
-            _opened_at = row.updated_at
+            _use(keyring, row)
             return keyring
     raise WrongEncryptionKey("PENSTOCK_ENCRYPTION_KEY: is not the key that this database was sealed with")
 
@@ -99,7 +103,7 @@ def _check_canary(keyring: Keyring, row: KeyringRow) -> None:
 def _columns(keyring: Keyring) -> dict[str, object]:
     """The row's columns: the keyring wrapped under the configured key, and under the next one while it is announced."""
     keys = [settings.PENSTOCK_ENCRYPTION_KEY, settings.PENSTOCK_NEW_ENCRYPTION_KEY]
-    wraps = [crypto.wrap(keyring, key) for key in keys if key]
+    wraps = [crypto.wrap(keyring, key) for key in dict.fromkeys(keys) if key]
     return {
         "wraps": [{"salt": each.salt, "rounds": each.rounds, "blob": each.blob} for each in wraps],
         "canary": keyring.seal(crypto.CANARY, aad=crypto.CANARY_AAD),
@@ -108,9 +112,49 @@ def _columns(keyring: Keyring) -> dict[str, object]:
 
 
 def replace(keyring: Keyring) -> None:
-    """Store a changed keyring (a key added or retired) and use it. Inside `audit.changes`."""
+    """Store a changed keyring (a key added or retired), and use it once that is certain. Inside `audit.changes`."""
     row = KeyringRow.objects.select_for_update().get()
     for name, value in _columns(keyring).items():
         setattr(row, name, value)
     row.save()
-    crypto.install(keyring)
+    transaction.on_commit(lambda: _use(keyring, row))
+
+
+def foreign_wraps() -> int:
+    """How many times the stored keyring is wrapped under an encryption key that is not configured here."""
+    keys = [key for key in (settings.PENSTOCK_ENCRYPTION_KEY, settings.PENSTOCK_NEW_ENCRYPTION_KEY) if key]
+    wraps = [Wrap(**stored) for stored in KeyringRow.objects.get().wraps]
+    return sum(all(crypto.unwrap(each, key) is None for key in keys) for each in wraps)
+
+
+# -- the sealed values -------------------------------------------------------------------------------------------------
+
+
+def sealed_under(key: ApiKey) -> str:
+    """The id of the data key that this row's value is sealed under; empty when it is no sealed value."""
+    return crypto.key_id(raw(key.secret))
+
+
+def problem(key: ApiKey) -> str:
+    """Why this row's value does not open for its row and its provider's address; nothing when it does."""
+    try:
+        crypto.current_keyring().open(raw(key.secret), aad=aad_of(key))
+    except CredentialUnavailable as error:
+        return error.detail or error.text
+    return ""
+
+
+def resealed(key: ApiKey) -> str:
+    """The same value sealed under the primary key. Raises CredentialUnavailable."""
+    ring = crypto.current_keyring()
+    aad = aad_of(key)
+    return ring.seal(ring.open(raw(key.secret), aad=aad).reveal(), aad=aad)
+
+
+def aad_of(key: ApiKey) -> bytes:
+    """What the value of a key belongs to: its row, and the origin it may be sent to."""
+    try:
+        origin = key.provider.origin
+    except ValueError as error:
+        raise CredentialUnavailable(detail="the address of its provider is no address") from error
+    return crypto.aad_for("providers.apikey", "secret", str(key.uid), origin)

@@ -28,7 +28,7 @@ EXPLAINED = {
 }
 
 
-class KeySelect(UnfoldAdminSelectWidget):
+class KeySelect(UnfoldAdminSelectWidget):  # type: ignore[misc]  # unfold carries no types
     """Keys say whose they are, so that the page offers only those of the chosen provider."""
 
     owners: dict[str, int]
@@ -44,10 +44,14 @@ class TargetForm(forms.Form):
     """One row: a provider, one of its keys, a model. An empty row is no target."""
 
     provider = forms.ModelChoiceField(
-        Provider.objects.none(), required=False, empty_label="–", widget=UnfoldAdminSelectWidget
+        Provider.objects.none(), required=False, empty_label="-", widget=UnfoldAdminSelectWidget
     )
     api_key = forms.ModelChoiceField(
-        ApiKey.objects.none(), required=False, empty_label="all its keys", label="Only this key", widget=KeySelect
+        ApiKey.objects.none(),
+        required=False,
+        empty_label="all its keys",
+        label="Only this key",
+        widget=KeySelect,
     )
     model = forms.CharField(required=False, max_length=255, widget=UnfoldAdminTextInputWidget)
 
@@ -57,7 +61,11 @@ class TargetForm(forms.Form):
         self.fields["api_key"].queryset = keys  # type: ignore[attr-defined]  # as above
         self.fields["api_key"].widget.owners = {str(key.pk): key.provider_id for key in keys}  # type: ignore[attr-defined]
         self.fields["model"].widget.attrs.update(
-            {"placeholder": "the one asked for, else its first", "list": "known-models", "autocomplete": "off"}
+            {
+                "placeholder": "the one asked for, else its first",
+                "list": "known-models",
+                "autocomplete": "off",
+            }
         )
 
     def clean(self) -> dict[str, Any]:
@@ -94,14 +102,18 @@ class ActiveProviderAdmin(AuditedAdmin):
 
     def get_urls(self) -> list[URLPattern]:
         clear = path(
-            "<str:purpose>/clear/", self.admin_site.admin_view(self.clear_view), name="providers_activeprovider_clear"
+            "<str:purpose>/clear/",
+            self.admin_site.admin_view(self.clear_view),
+            name="providers_activeprovider_clear",
         )
         return [clear, *super().get_urls()]
 
     def changelist_view(self, request: HttpRequest, extra_context: Any = None) -> HttpResponse:
         if not self.has_view_or_change_permission(request):
             raise PermissionDenied
-        stored = {row.purpose: row for row in ActiveProvider.objects.prefetch_related("targets__provider__health")}
+        stored = {
+            row.purpose: row for row in ActiveProvider.objects.prefetch_related("targets__provider__health")
+        }
         cards = [
             Card(
                 purpose=purpose,
@@ -114,11 +126,19 @@ class ActiveProviderAdmin(AuditedAdmin):
             )
             for purpose in Purpose
         ]
-        context = {"title": "Active provider", "cards": cards, "has_change": self.has_change_permission(request)}
+        context = {
+            "title": "Active provider",
+            "cards": cards,
+            "has_change": self.has_change_permission(request),
+        }
         return self._page(request, "admin/providers/active_list.html", context)
 
     def changeform_view(
-        self, request: HttpRequest, object_id: str | None = None, form_url: str = "", extra_context: Any = None
+        self,
+        request: HttpRequest,
+        object_id: str | None = None,
+        form_url: str = "",
+        extra_context: Any = None,
     ) -> Any:
         """object_id: the purpose, or the row's number."""
         row, purpose = self._find(object_id)
@@ -151,7 +171,11 @@ class ActiveProviderAdmin(AuditedAdmin):
         return HttpResponseRedirect(reverse("admin:providers_activeprovider_changelist"))
 
     def _problems(
-        self, request: HttpRequest, purpose: Purpose, row: ActiveProvider | None, formset: BaseFormSet[TargetForm]
+        self,
+        request: HttpRequest,
+        purpose: Purpose,
+        row: ActiveProvider | None,
+        formset: BaseFormSet[TargetForm],
     ) -> list[str]:
         """Save, and answer why that was not possible."""
         opened = request.POST.get("row_version")
@@ -182,10 +206,14 @@ class ActiveProviderAdmin(AuditedAdmin):
         providers = (usable | Provider.objects.filter(pk__in=taken)).order_by("priority", "id")
         keys = ApiKey.objects.filter(provider__in=providers).select_related("provider")
         initial = [
-            {"provider": target.provider_id, "api_key": target.api_key_id, "model": target.model} for target in stored
+            {"provider": target.provider_id, "api_key": target.api_key_id, "model": target.model}
+            for target in stored
         ]
         return TargetFormSet(
-            data, initial=initial, prefix="targets", form_kwargs={"providers": providers, "keys": list_of(keys)}
+            data,
+            initial=initial,
+            prefix="targets",
+            form_kwargs={"providers": providers, "keys": list_of(keys)},
         )
 
     def _form_page(
@@ -224,7 +252,11 @@ class ActiveProviderAdmin(AuditedAdmin):
     def _find(self, object_id: str | None) -> tuple[ActiveProvider | None, Purpose]:
         if object_id in Purpose.values:
             return ActiveProvider.objects.filter(purpose=object_id).first(), Purpose(object_id)
-        row = ActiveProvider.objects.filter(pk=object_id).first() if str(object_id).isdecimal() else None
+        row = (
+            ActiveProvider.objects.filter(pk=int(object_id)).first()
+            if (object_id or "").isdecimal()
+            else None
+        )
         if row is None:
             raise Http404
         return row, Purpose(row.purpose)

@@ -14,9 +14,10 @@ from audit.admin import VersionedForm
 from audit.roles import may
 from providers import keys
 from providers.adapters import KINDS
-from providers.admin.fields import HeadersField, LinesField, SecretField
+from providers.admin.fields import KEY_HELP, HeadersField, LinesField, SecretField
 from providers.models import ApiKey, Provider, Purpose, UpstreamModel
 
+HELP_FOR_NEW = KEY_HELP.removeprefix("Empty keeps the stored key. ")
 MOVED = (
     "The keys stored here were given for another address. Enter the API key again, "
     "so that it is not sent to a new place by mistake."
@@ -49,6 +50,8 @@ class ProviderForm(WithSecret):
         if "base_url" in self.fields and not self.instance.pk:
             # A vendor's address is known from its kind.
             self.fields["base_url"].required = False
+        if not self.instance.pk and "api_key" in self.fields:
+            self.fields["api_key"].help_text = HELP_FOR_NEW
 
     def clean(self) -> dict[str, Any] | None:
         cleaned = super().clean()
@@ -77,7 +80,7 @@ class ProviderForm(WithSecret):
 
     class Meta:
         model = Provider
-        fields: ClassVar = []
+        fields: ClassVar[list[str]] = []
 
 
 class ApiKeyForm(WithSecret):
@@ -89,13 +92,11 @@ class ApiKeyForm(WithSecret):
             self.fields["api_key"].show_stored(self.instance)  # type: ignore[attr-defined]  # it is a SecretField
         else:
             self.fields["api_key"].required = True
-            self.fields["api_key"].help_text = self.fields["api_key"].help_text.removeprefix(
-                "Empty keeps the stored key. "
-            )
+            self.fields["api_key"].help_text = HELP_FOR_NEW
 
     class Meta:
         model = ApiKey
-        fields: ClassVar = []
+        fields: ClassVar[list[str]] = []
 
 
 class ModelForm(VersionedForm):
@@ -109,4 +110,4 @@ class ModelForm(VersionedForm):
 
     class Meta:
         model = UpstreamModel
-        fields: ClassVar = []
+        fields: ClassVar[list[str]] = []

@@ -17,6 +17,7 @@ from audit.roles import may
 from providers.admin import probing
 from providers.admin.badges import ago, badge, health_badge, health_of
 from providers.errors import ProviderError
+from providers.health import TestResult, set_override
 from providers.models import HealthCheck, Provider
 
 if TYPE_CHECKING:
@@ -31,8 +32,12 @@ COLOURS = {"online": "good", "degraded": "warn"}
 class HealthViews(Base):
     """What a page about an endpoint can do besides editing. Nothing is dialled inside a change (see audit.changes)."""
 
-    object_views: ClassVar = (("test", "test_view"), ("discover", "discover_view"), ("override", "override_view"))
-    actions: ClassVar[Any] = ("test_selected",)
+    object_views: ClassVar = (
+        ("test", "test_view"),
+        ("discover", "discover_view"),
+        ("override", "override_view"),
+    )
+    actions: Any = ("test_selected",)
     unrecorded_actions: ClassVar = frozenset({"test_selected"})
     change_form_outer_before_template: ClassVar = "admin/providers/health_card.html"
 
@@ -41,28 +46,30 @@ class HealthViews(Base):
 
     @admin.action(description="Test the selected ones", permissions=["test"])
     def test_selected(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
-        for provider in queryset[: probing.AT_ONCE]:
-            result = probing.test(provider)
-            messages.add_message(
-                request, messages.SUCCESS if result.online else messages.WARNING, f"{provider.name}: {result.line}"
-            )
+        chosen = list(queryset[: probing.AT_ONCE])
+        for provider, result in zip(chosen, probing.test_all(chosen), strict=True):
+            level = messages.SUCCESS if result.status == "online" else messages.WARNING
+            messages.add_message(request, level, f"{provider.name}: {probing.in_one_line(result)}")
         if queryset.count() > probing.AT_ONCE:
-            messages.info(request, f"Only the first {probing.AT_ONCE} were tested; the probes test all of them anyway.")
+            messages.info(
+                request, f"Only the first {probing.AT_ONCE} were tested; the probes test all of them anyway."
+            )
 
     def test_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         provider = self._asked(request, object_id, "test")
         if request.method != "POST":
             return HttpResponseRedirect(self._change_url(provider))
-        result = probing.test(provider)
-        return self._result_page(request, provider, result)
+        return self._result_page(request, provider, *probing.test_all([provider]))
 
     def discover_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         provider = self._asked(request, object_id, "change")
         if request.method == "POST":
             try:
-                messages.success(request, probing.discover(provider))
+                messages.success(request, probing.discover(provider, request))
             except ProviderError as error:
-                messages.error(request, f"{provider.name} did not tell its models: {error.text} {error.detail[:300]}")
+                messages.error(
+                    request, f"{provider.name} did not tell its models: {error.text} {error.detail[:300]}"
+                )
         return HttpResponseRedirect(self._change_url(provider))
 
     def override_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
@@ -73,7 +80,7 @@ class HealthViews(Base):
         return HttpResponseRedirect(self._change_url(provider))
 
     def _overridden(self, request: HttpRequest, provider: Provider, decision: bool | None) -> HttpResponse:
-        probing.override(provider, decision)
+        set_override(provider, decision)
         words = {True: "was put in by hand", False: "was taken out by hand", None: "is left to its probes"}
         messages.success(request, f"{provider.name} {words[decision]}.")
         return HttpResponseRedirect(self._change_url(provider))
@@ -89,13 +96,14 @@ class HealthViews(Base):
     def _change_url(self, provider: Provider) -> str:
         return reverse(f"admin:providers_{self.opts.model_name}_change", args=[provider.pk])
 
-    def _result_page(self, request: HttpRequest, provider: Provider, result: probing.Result) -> HttpResponse:
+    def _result_page(self, request: HttpRequest, provider: Provider, result: TestResult) -> HttpResponse:
         context = {
             **self.admin_site.each_context(request),
             "opts": self.opts,
             "title": f"Test of {provider.name}",
             "provider": provider,
             "result": result,
+            "online": result.status == "online",
             "badge": badge(result.status, COLOURS.get(result.status, "bad")),
             "change_url": self._change_url(provider),
             "urls": self._urls(provider),
@@ -139,4 +147,4 @@ class HealthCheckAdmin(ReadOnlyAdmin):
 
     @admin.display(description="Latency", ordering="latency_ms")
     def latency(self, check: HealthCheck) -> str:
-        return "–" if check.latency_ms is None else f"{check.latency_ms:.0f} ms"
+        return "-" if check.latency_ms is None else f"{check.latency_ms:.0f} ms"

@@ -23,7 +23,7 @@ class UpstreamModelAdmin(AuditedAdmin):
 
     @admin.display(description="Used for")
     def served_for(self, model: UpstreamModel) -> str:
-        return ", ".join(model.purposes) or "–"
+        return ", ".join(model.purposes) or "-"
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
         return ("provider", "name") if obj is not None else ()

@@ -29,7 +29,7 @@ def _uses(condition: Q) -> list[SafeString]:
 def _use(target: Any) -> SafeString:
     place = "active provider" if target.position == 0 else f"fallback {target.position}"
     return format_html(
-        '{} is the {} for {}: <a href="{}">choose another one there first</a>.',
+        '{} is the {} for {}: <a class="ps-link" href="{}">choose another one there first</a>.',
         target.provider.name,
         place,
         str(target.active).lower(),

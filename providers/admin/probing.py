@@ -1,76 +1,70 @@
-"""What the pages ask of providers.health, shaped for them."""
+"""What the pages ask of providers.health and providers.catalog, shaped for them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import Sequence
 
 from asgiref.sync import async_to_sync
 from django.conf import settings
+from django.http import HttpRequest
+from django.utils import timezone
 
+from providers import keyring
+from providers.catalog import refresh_models
+from providers.health import TestResult, probe_credential, record, test_endpoint
 from providers.models import Provider
+from providers.wire import Reading
 
 AT_ONCE = 10
+"""How many are tested by one click; all at the same time, so that it takes no longer than the slowest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a test saw. latency_ms is None when nothing answered."""
+def test_all(providers: Sequence[Provider]) -> list[TestResult]:
+    """Ask each the cheapest question its kind has, with its default key; in order. Dials, outside any change.
 
-    status: str
-    status_code: int | None = None
-    latency_ms: float | None = None
-    detail: str = ""
-    models: list[str] = field(default_factory=list)
+    What was seen counts as a probe, so that health is up to date at once.
+    """
+    keyring.load_if_changed()
+    began = timezone.now()
+    questions = [(provider.endpoint(), probe_credential(provider)) for provider in providers]
 
-    @property
-    def online(self) -> bool:
-        return self.status == "online"
+    async def ask() -> list[TestResult]:
+        timeout = settings.TEST_TIMEOUT_SECONDS
+        return await asyncio.gather(*(test_endpoint(*question, timeout=timeout) for question in questions))
 
-    @property
-    def line(self) -> str:
-        """The result in one line, for the list."""
-        parts = [self.status]
-        if self.status_code is not None:
-            parts.append(f"HTTP {self.status_code}")
-        if self.latency_ms is not None:
-            parts.append(f"{self.latency_ms:.0f} ms")
-        if self.models:
-            parts.append(f"{len(self.models)} models")
-        if self.detail:
-            parts.append(self.detail[:300])
-        return " · ".join(parts)
+    results = async_to_sync(ask)()
+    for provider, seen in zip(providers, results, strict=True):
+        record(provider.pk, Reading(seen.status, seen.status_code, seen.detail, seen.latency_ms), now=began)
+    return results
 
 
-def test(provider: Provider) -> Result:
-    """Ask `provider` the cheapest question its kind has, with its default key. Dials; saves nothing."""
-    from providers.health import test_endpoint
+def in_one_line(result: TestResult) -> str:
+    """A result as the list shows it: "online · HTTP 200 · 12 ms · 3 models"."""
+    parts = [str(result.status)]
+    if result.status_code is not None:
+        parts.append(f"HTTP {result.status_code}")
+    if result.latency_ms is not None:
+        parts.append(f"{result.latency_ms:.0f} ms")
+    if result.models:
+        parts.append(f"{len(result.models)} model{'' if len(result.models) == 1 else 's'}")
+    if result.detail:
+        parts.append(result.detail[:300])
+    return " · ".join(parts)
 
-    key = provider.keys.filter(enabled=True).order_by("-is_default", "pk").first()
-    credential = key.credential() if key is not None else None
-    seen = async_to_sync(test_endpoint)(
-        provider.endpoint(), credential, timeout=settings.TEST_TIMEOUT_SECONDS
+
+def discover(provider: Provider, request: HttpRequest) -> str:
+    """Ask `provider` for its models and keep them; what came of it, in a sentence. Raises ProviderError."""
+    found = refresh_models(
+        provider,
+        actor=request.user,
+        via="admin",
+        ip=request.META.get("REMOTE_ADDR") or None,
+        request_id=getattr(request, "request_id", ""),
     )
-    return Result(
-        status=str(seen.status),
-        status_code=seen.status_code,
-        latency_ms=seen.latency_ms,
-        detail=seen.detail,
-        models=[model.id for model in seen.models],
-    )
-
-
-def discover(provider: Provider) -> str:
-    """Ask `provider` for its models and save them; what came of it, in a sentence. Raises ProviderError."""
-    from providers.catalog import refresh_models
-
-    before = provider.upstream_models.count()
-    async_to_sync(refresh_models)(provider)
-    after = provider.upstream_models.count()
-    return f"{provider.name} has {after} models ({after - before} new)."
-
-
-def override(provider: Provider, decision: bool | None) -> None:
-    """Put the provider in or take it out by hand, or let the probes decide. Inside `audit.changes`."""
-    from providers.health import set_override
-
-    set_override(provider, decision)
+    if not found.models:
+        return f"{provider.name} lists no models."
+    changes = [
+        f"{len(names)} {word}" for names, word in ((found.added, "new"), (found.removed, "gone")) if names
+    ]
+    return f"{provider.name} lists {len(found.models)} models: {', '.join(changes) or 'nothing new'}."

@@ -41,7 +41,9 @@ class HealthFilter(admin.SimpleListFilter):
         if self.value() == "healthy":
             return queryset.filter(health__health_status="healthy", health__is_healthy=True)
         if self.value() == "failing":
-            return queryset.filter(Q(health__health_status__in=["degraded", "down"]) | Q(health__is_healthy=False))
+            return queryset.filter(
+                Q(health__health_status__in=["degraded", "down"]) | Q(health__is_healthy=False)
+            )
         return queryset.filter(unchecked) if self.value() == "unknown" else None
 
 
@@ -49,9 +51,18 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
     """What servers and vendors share."""
 
     form = ProviderForm
-    list_display: ClassVar[Any] = ("name", "kind", "address", "health_now", "models", "stored_keys", "priority")
-    list_filter: ClassVar[Any] = ("enabled", HealthFilter, "kind", *PURPOSES)
+    list_display: Any = (
+        "name",
+        "health_now",
+        "models",
+        "stored_keys",
+        "kind",
+        "address",
+        "priority",
+    )
+    list_filter: Any = ("enabled", HealthFilter, "kind", *PURPOSES)
     list_select_related = ("health",)
+    ordering = ("-enabled", "priority", "id")
     search_fields = ("name", "slug", "base_url")
     search_help_text = "Search by name, slug or address"
     derived = (ProviderHealth, HealthCheck, KeyUse, UpstreamModel)
@@ -62,7 +73,8 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
             "keys_count": Count("keys", filter=Q(keys__enabled=True), distinct=True),
             "models_known": Count("upstream_models", filter=Q(upstream_models__enabled=True), distinct=True),
         }
-        return super().get_queryset(request).filter(kind__in=self.kinds).annotate(**counts)
+        queryset: QuerySet[Any] = super().get_queryset(request).filter(kind__in=self.kinds)
+        return queryset.annotate(**counts)
 
     @admin.display(description="Address", ordering="base_url")
     def address(self, provider: Provider) -> str:
@@ -80,7 +92,7 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
     def stored_keys(self, provider: Any) -> SafeString | str:
         if provider.keys_count:
             return str(provider.keys_count)
-        return badge("needs a key", "warn") if KINDS[provider.kind].needs_key else "–"
+        return badge("needs a key", "warn") if KINDS[provider.kind].needs_key else "-"
 
     def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
         form = super().get_form(request, obj, change, **kwargs)
@@ -160,6 +172,7 @@ class ServerAdmin(EndpointAdmin):
 @admin.register(Provider)
 class ProviderAdmin(EndpointAdmin):
     kinds = frozenset(KINDS) - SELF_HOSTED
+    list_display = ("name", "health_now", "models", "stored_keys", "address", "priority")
     fieldsets = (
         (None, {"fields": ("name", "kind", "base_url", "api_key", "enabled")}),
         ("What it is used for", {"fields": (PURPOSES, "priority")}),

@@ -110,15 +110,21 @@ class Active(Door):
     """One provider for each purpose, with fallbacks in order."""
 
     resource = "active"
-    words: ClassVar = {"choose": "change", "retrieve": "read", "update": "change", "destroy": "change"}
+    words: ClassVar = {
+        "overview": "read",
+        "choose": "change",
+        "retrieve": "read",
+        "update": "change",
+        "destroy": "change",
+    }
     serializer_class = ActiveSerializer
     pagination_class = None
     filter_backends: ClassVar[list[Any]] = []
     lookup_field = "purpose"
     queryset = ActiveProvider.objects.prefetch_related("targets__provider", "targets__api_key")
 
-    @extend_schema(responses=AllActiveSerializer)
-    def list(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+    @extend_schema(operation_id="active_all", responses=AllActiveSerializer)
+    def overview(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """For each purpose its active provider, or null."""
         found = {active.purpose: self.get_serializer(active).data for active in self.get_queryset()}
         return Response({purpose: found.get(purpose) for purpose in Purpose.values})

@@ -7,12 +7,13 @@ from typing import Any
 
 from asgiref.sync import async_to_sync
 from django.conf import settings
+from django.utils import timezone
 from rest_framework import serializers
 
-from providers.api.values import ModelSerializer
-from providers.health import test_endpoint
+from providers import keyring
+from providers.health import probe_credential, record, test_endpoint
 from providers.models import ApiKey, Provider, ProviderHealth
-from providers.wire import Credential
+from providers.wire import Credential, Reading
 
 
 class TrialSerializer(serializers.Serializer[Any]):
@@ -22,7 +23,9 @@ class TrialSerializer(serializers.Serializer[Any]):
     status_code = serializers.IntegerField(allow_null=True)
     latency_ms = serializers.FloatField(allow_null=True)
     detail = serializers.CharField(allow_null=True)
-    models = ModelSerializer(many=True)
+    models = serializers.ListField(
+        child=serializers.CharField(), help_text="Names; empty when none are listed."
+    )
 
 
 class KeyTrialSerializer(TrialSerializer):
@@ -33,28 +36,25 @@ class KeyTrialSerializer(TrialSerializer):
 
 def try_out(provider: Provider, credential: Credential | None) -> dict[str, Any]:
     """Ask the provider the cheapest question its kind has, for at most TEST_TIMEOUT_SECONDS."""
+    keyring.load_if_changed()
     result = async_to_sync(test_endpoint)(
         provider.endpoint(), credential, timeout=settings.TEST_TIMEOUT_SECONDS
     )
-    return {
-        "status": str(result.status),
-        "status_code": result.status_code,
-        "latency_ms": result.latency_ms,
-        "detail": result.detail or None,
-        "models": [dataclasses.asdict(model) for model in result.models],
-    }
+    return {**dataclasses.asdict(result), "detail": result.detail or None}
+
+
+def try_stored(provider: Provider) -> dict[str, Any]:
+    """Ask with the provider's own key. What was seen counts like a probe, so that `last_tested_at` is true."""
+    began = timezone.now()
+    seen = try_out(provider, probe_credential(provider))
+    reading = Reading(seen["status"], seen["status_code"], seen["detail"] or "", seen["latency_ms"])
+    record(provider.pk, reading, now=began)
+    return seen
 
 
 def try_key(key: ApiKey) -> dict[str, Any]:
+    """Ask with this one key, and say whether the provider takes it."""
     seen = try_out(key.provider, key.credential())
     if seen["status"] == "online":
         return {**seen, "valid": True}
     return {**seen, "valid": False if seen["status_code"] in {401, 403} else None}
-
-
-def credential_of(provider: Provider) -> Credential | None:
-    """The key that a test uses: the default, else the first that is enabled."""
-    enabled = sorted(
-        (key for key in provider.keys.all() if key.enabled), key=lambda key: (not key.is_default, key.pk)
-    )
-    return enabled[0].credential() if enabled else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from asgiref.sync import async_to_sync
 from django.db.models.query import QuerySet
 from django_filters import rest_framework as filters
 from drf_spectacular.utils import extend_schema
@@ -14,10 +13,11 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from audit import roles
+from audit.api_errors import ip_of, request_id_of
 from audit.api_views import Rows, blaming
 from providers import keys
 from providers.api.serializers import ProviderSerializer, ServerSerializer, default_url
-from providers.api.trials import TrialSerializer, credential_of, try_out
+from providers.api.trials import TrialSerializer, try_out, try_stored
 from providers.api.values import ModelSerializer
 from providers.catalog import refresh_models
 from providers.health import set_override
@@ -87,8 +87,7 @@ class Providers(Rows):
     @action(detail=True, methods=["post"])
     def test(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Ask the provider the cheapest question it has, with its default key. 200 whatever the result."""
-        provider = self.get_object()
-        return Response(try_out(provider, credential_of(provider)))
+        return Response(try_stored(self.get_object()))
 
     @extend_schema(responses=ModelsSerializer)
     @action(detail=True, methods=["get"], pagination_class=None, filter_backends=[])
@@ -98,7 +97,9 @@ class Providers(Rows):
         known = provider.upstream_models.filter(enabled=True)
         cached = known.exists() or not roles.may(request.user, self.resource, "test")
         if not cached:
-            async_to_sync(refresh_models)(provider)
+            refresh_models(
+                provider, actor=request.user, via="api", ip=ip_of(request), request_id=request_id_of(request)
+            )
         return Response(
             {
                 "models": ModelSerializer(known.all(), many=True).data,

@@ -33,7 +33,7 @@ class GatewayKeyForm(VersionedForm):
 
     class Meta:
         model = GatewayKey
-        fields: ClassVar = []
+        fields: ClassVar[list[str]] = []
         help_texts: ClassVar = {
             "name": "Who or what will use it, like “support chatbot”.",
             "owner": "Whose usage this is. The key stops working when this person's account is disabled.",
@@ -55,7 +55,7 @@ class GatewayKeyAdmin(AuditedAdmin):
     change_form_outer_before_template = "admin/proxy/key_state.html"
     fieldsets = (
         (None, {"fields": ("name", "owner", "enabled", "expires_at")}),
-        ("Limits", {"fields": (LIMITS,)}),
+        ("Limits", {"fields": LIMITS}),
         ("What it may reach, and from where", {"fields": ("allowed_models", "allowed_networks")}),
     )
 
@@ -94,11 +94,14 @@ class GatewayKeyAdmin(AuditedAdmin):
             obj.whole = keys.give_secret(obj)
         super().save_model(request, obj, form, change)
 
-    def response_add(self, request: HttpRequest, obj: Any, post_url_continue: str | None = None) -> HttpResponse:
+    def response_add(
+        self, request: HttpRequest, obj: Any, post_url_continue: str | None = None
+    ) -> HttpResponse:
         return self._issued_page(request, obj, obj.whole)
 
     def render_change_form(self, request: HttpRequest, context: Any, *args: Any, **kwargs: Any) -> Any:
         obj = kwargs.get("obj")
+        context = {**context, "show_save_and_add_another": False, "show_save_and_continue": obj is not None}
         if obj is not None:
             usable = obj.revoked_at is None and self.has_change_permission(request, obj)
             context = {**context, "key_state": state_badge(obj), "key_usable": usable}
@@ -142,7 +145,9 @@ class GatewayKeyAdmin(AuditedAdmin):
         messages.success(request, f"{key.name} is revoked. Nobody can use it any more.")
         return HttpResponseRedirect(reverse("admin:proxy_gatewaykey_changelist"))
 
-    def _issued_page(self, request: HttpRequest, key: Any, whole: str, *, rotated: bool = False) -> HttpResponse:
+    def _issued_page(
+        self, request: HttpRequest, key: Any, whole: str, *, rotated: bool = False
+    ) -> HttpResponse:
         context = {
             "title": f"The key “{key.name}”",
             "key": key,

@@ -47,11 +47,14 @@ def context(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         return context
     steps = getting_started()
     missing = [step for step in steps if not step.done]
+    found = problems()
     enabled = Provider.objects.filter(enabled=True).count()
     return {
         **context,
         "title": "Start",
-        "problems": problems(),
+        "problems": found,
+        "grave_problems": [problem for problem in found if problem.grave],
+        "mild_problems": [problem for problem in found if not problem.grave],
         "steps": steps,
         "all_done": not missing,
         "next_step": missing[0] if missing else None,
@@ -118,7 +121,10 @@ def providers_in_trouble() -> list[Problem]:
     troubled = Provider.objects.filter(enabled=True, health__is_healthy=False) | Provider.objects.filter(
         enabled=True, health__consecutive_failures__gt=0
     )
-    found = [_trouble(provider) for provider in troubled.select_related("health").order_by("health__is_healthy", "id")]
+    found = [
+        _trouble(provider)
+        for provider in troubled.select_related("health").order_by("health__is_healthy", "id")
+    ]
     return sorted(found, key=lambda problem: not problem.grave)
 
 
@@ -127,7 +133,8 @@ def _trouble(provider: Provider) -> Problem:
     assert health is not None
     since = f" for {age(health.changed_at)}" if health.changed_at else ""
     if health.override is False:
-        return Problem(f"{provider.name} was taken out by hand{since}", "It gets no requests.", change_link(provider))
+        detail = "It gets no requests until somebody lets the probes decide again."
+        return Problem(f"{provider.name} is taken out by hand{since}", detail, change_link(provider))
     reason = health.detail or str(health.get_status_display())
     if health.is_healthy:
         title = f"{provider.name} is failing ({health.consecutive_failures} in a row)"
@@ -140,7 +147,11 @@ def scheduler_late() -> list[Problem]:
         return [Problem("Health checks are switched off", "HEALTH_CHECK_ENABLED is false.", grave=False)]
     tick = weather.read().beat_tick
     if tick is None:
-        return [Problem("The scheduler has not run yet", "Are the beat and worker processes running?", grave=False)]
+        return [
+            Problem(
+                "The scheduler has not run yet", "Are the beat and worker processes running?", grave=False
+            )
+        ]
     late = time.time() - tick
     if late <= BEAT_LATE_SECONDS:
         return []

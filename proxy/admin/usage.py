@@ -32,11 +32,24 @@ class UsageRecordAdmin(ReadOnlyAdmin):
     search_help_text = "Search by request id, gateway key, model or owner"
     date_hierarchy = "created_at"
     fieldsets = (
-        ("Request", {"fields": ("request_id", "created_at", "gateway_key", "owner", "purpose", "stream", "attempt")}),
+        (
+            "Request",
+            {"fields": ("request_id", "created_at", "gateway_key", "owner", "purpose", "stream", "attempt")},
+        ),
         ("Where it went", {"fields": ("route", "requested_model", "provider", "model", "api_key_id")}),
         (
             "How it ended",
-            {"fields": ("status", "error_code", "http_status", "ttft_ms", "duration_ms", "bytes_out", "client_disconnected")},
+            {
+                "fields": (
+                    "status",
+                    "error_code",
+                    "http_status",
+                    "ttft_ms",
+                    "duration_ms",
+                    "bytes_out",
+                    "client_disconnected",
+                )
+            },
         ),
         (
             "Tokens and cost",
@@ -76,15 +89,15 @@ class UsageRecordAdmin(ReadOnlyAdmin):
 
     @admin.display(description="First token", ordering="ttft_ms")
     def first_token(self, record: UsageRecord) -> str:
-        return "–" if record.ttft_ms is None else f"{record.ttft_ms} ms"
+        return "-" if record.ttft_ms is None else f"{record.ttft_ms} ms"
 
     @admin.display(description="Took", ordering="duration_ms")
     def duration(self, record: UsageRecord) -> str:
-        return "–" if record.duration_ms is None else f"{record.duration_ms} ms"
+        return "-" if record.duration_ms is None else f"{record.duration_ms} ms"
 
 
 def counted(record: UsageRecord, tokens: int) -> str:
     """Token counts say when nobody knows them, or when they are our estimate."""
     if record.tokens_source == UsageRecord.TokensSource.NONE:
-        return "–"
+        return "-"
     return f"~{tokens}" if record.tokens_source == UsageRecord.TokensSource.ESTIMATED else str(tokens)

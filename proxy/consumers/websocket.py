@@ -19,7 +19,7 @@ from proxy import auth, pipeline
 from proxy.attempts import Attempt
 from proxy.consumers.http import JSON, Receive, Scope, Send
 from proxy.dialects import openai
-from proxy.errors import GatewayError, InvalidRequest, KeyRevoked
+from proxy.errors import GatewayError, InvalidRequest, KeyRevoked, ShuttingDown
 from proxy.gateway import Gateway
 from proxy.inflight import Running
 
@@ -165,6 +165,8 @@ class Conversation:
             await self._cancel(id)
         elif kind is not None:
             await self._complain(id, "invalid_request", "type is absent, or cancel.")
+        elif self._gateway.registry.draining:
+            await self._complain(id, ShuttingDown.code, ShuttingDown.message, ShuttingDown.status)
         elif id in self._requests:
             await self._complain(id, "invalid_request", "A request with this id is running.")
         elif len(self._requests) >= MAX_REQUESTS:

@@ -61,6 +61,8 @@ class Result:
 class Caller(asyncio.Protocol):
     """One connection. `answer` is the status and how long the first byte took, once the answer is complete."""
 
+    _transport: asyncio.WriteTransport
+
     def __init__(self) -> None:
         self.answer: asyncio.Future[tuple[int, float]] | None = None
 

@@ -17,6 +17,7 @@ import uvloop
 CHUNKS = 100
 PACE_SECONDS = 0.02
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+MODEL = re.compile(rb'"model": *"(\w+)"')
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 ENVELOPE = {"id": "chatcmpl-1", "created": 1_700_000_000, "model": "plain"}
 USAGE = {"prompt_tokens": 10, "completion_tokens": CHUNKS, "total_tokens": CHUNKS + 10}
@@ -68,11 +69,11 @@ class Answerer(asyncio.Protocol):
             self._pacer.cancel()
 
     def _answer(self, body: bytes) -> None:
-        # The generator writes the model first, and the gateway passes bodies through: a look at the beginning is enough.
-        start = body[:200]
-        if b"paced" in start:
+        found = MODEL.search(body)
+        model = found[1] if found else b""
+        if model == b"paced":
             self._pacer = asyncio.get_running_loop().create_task(self._pace())
-        elif b"stream" in start:
+        elif model == b"stream":
             self._transport.write(STREAM_HEAD + ROLE)
             for _ in range(CHUNKS):
                 self._transport.write(CHUNK)

@@ -43,7 +43,9 @@ def test_a_server_that_was_never_probed_is_unknown(operator: User) -> None:
 
 
 def test_kind_and_slug_have_defaults(operator: User) -> None:
-    response = as_(operator).post(f"{V1}/servers", {"name": "My GPU box", "base_url": "http://localhost:8000/v1/"})
+    response = as_(operator).post(
+        f"{V1}/servers", {"name": "My GPU box", "base_url": "http://localhost:8000/v1/"}
+    )
 
     assert response.status_code == 201
     assert response.json()["kind"] == "openai-compatible"
@@ -88,7 +90,9 @@ def test_an_alias_that_contradicts_is_refused(operator: User) -> None:
 
 
 def test_an_unknown_field_is_named(operator: User) -> None:
-    response = as_(operator).post(f"{V1}/servers", {"name": "x", "base_url": "http://127.0.0.1:9", "colour": "red"})
+    response = as_(operator).post(
+        f"{V1}/servers", {"name": "x", "base_url": "http://127.0.0.1:9", "colour": "red"}
+    )
 
     assert response.status_code == 400
     assert set(error(response)["details"]) == {"colour"}
@@ -109,7 +113,9 @@ def test_a_whole_object_sent_back_changes_nothing(operator: User) -> None:
     assert response.json()["status"] == "online"
 
 
-@pytest.mark.parametrize("field", ["id", "masked_key", "created_at", "created_by", "health_status", "latency_ms"])
+@pytest.mark.parametrize(
+    "field", ["id", "masked_key", "created_at", "created_by", "health_status", "latency_ms"]
+)
 def test_a_changed_read_only_field_is_refused(operator: User, field: str) -> None:
     client = as_(operator)
     path = f"{V1}/servers/{add_server(client)['id']}"
@@ -170,7 +176,9 @@ def test_a_list_page_takes_few_queries_however_many_rows_it_has(viewer: User) ->
     client = as_(viewer)
 
     for name in ("servers", "providers"):
-        with CaptureQueriesContext(connection, ) as queries:
+        with CaptureQueriesContext(
+            connection,
+        ) as queries:
             response = client.get(f"{V1}/{name}?page_size=200")
         assert response.json()["count"] >= 30
         assert len(queries) <= 12, [query["sql"] for query in queries]
@@ -183,7 +191,12 @@ def test_r08_no_answer_holds_the_key_and_empty_keeps_it(operator: User) -> None:
     client = as_(operator)
     made = add_server(client, api_key=KEY)
     path = f"{V1}/servers/{made['id']}"
-    answers = [made, client.get(path).json(), client.get(f"{V1}/servers").json(), client.get(f"{V1}/providers").json()]
+    answers = [
+        made,
+        client.get(path).json(),
+        client.get(f"{V1}/servers").json(),
+        client.get(f"{V1}/providers").json(),
+    ]
     for body in ({"api_key": ""}, {"api_key": None}, {"priority": 3}):
         answers.append(client.patch(path, body).json())
     answers.append(client.options(path).json())
@@ -234,7 +247,9 @@ def test_r25_keys_that_did_not_come_along_are_disabled(operator: User) -> None:
         left = ApiKey(provider_id=made["id"], name="second")
         keys.add(left, "sk-second-0123456789")
 
-    client.patch(f"{V1}/servers/{made['id']}", {"base_url": "http://127.0.0.1:10", "api_key": "sk-new-0123456789"})
+    client.patch(
+        f"{V1}/servers/{made['id']}", {"base_url": "http://127.0.0.1:10", "api_key": "sk-new-0123456789"}
+    )
 
     left.refresh_from_db()
     assert left.enabled is False
@@ -285,7 +300,9 @@ def test_r19_r22_a_forbidden_address_is_refused_when_saved(operator: User, url: 
     assert not Provider.objects.filter(name="trap").exists()
 
 
-@pytest.mark.parametrize("url", ["http://x:abc", "http://x:99999", "http://[::1", "nonsense", "http://", "", "http://a b", 7])
+@pytest.mark.parametrize(
+    "url", ["http://x:abc", "http://x:99999", "http://[::1", "nonsense", "http://", "", "http://a b", 7]
+)
 def test_an_address_that_is_none_is_refused(operator: User, url: object) -> None:
     client = as_(operator)
     made = add_server(client, api_key=KEY)

@@ -31,6 +31,7 @@ def fresh_secrets() -> dict[str, str]:
 def _prepare() -> None:
     """Once, in the process that begins; workers inherit the result."""
     folder = tempfile.mkdtemp(prefix="penstock-tests-")
+    os.makedirs(os.path.join(folder, "static"))
     os.environ.update(
         fresh_secrets(),
         ENV_FILE=os.path.join(folder, "no.env"),

@@ -1,6 +1,6 @@
 """Everything an upstream can do wrong, each as a behaviour for `Upstream`.
 
-`k` is always a number of content chunks that are sent well before the fault. A test may also ask by model name: see BY_NAME.
+`k` is always a number of content chunks that are sent well before the fault. A test may also ask by model name: see `named`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from tests.support.answers import (
     SSE,
     Answer,
     begin_stream,
-    content_policy,
-    context_too_long,
     error_body,
     event,
     ok,
     raw,
     send_content,
-    status,
-    unauthorized,
     words,
 )
 from tests.support.http_server import BLOCK, UNTIL_CLOSE, Behaviour, Exchange
@@ -316,52 +312,6 @@ def closes_reused(first: Behaviour | None = None) -> Behaviour:
         await (first or ok())(exchange)
 
     return behave
-
-
-# -- by name -----------------------------------------------------------------------------------------------------------
-
-BY_NAME: dict[str, Callable[[str], Behaviour]] = {
-    "ok": lambda text: ok(chunks=int(text or 5)),
-    "drip": lambda text: drip(float(text)),
-    "status": lambda text: status(int(text)),
-    "429": lambda text: status(429, retry_after=text or None),
-    "401": lambda _: unauthorized(),
-    "context": lambda _: context_too_long(),
-    "policy": lambda _: content_policy(),
-    "reset": lambda _: reset_before_headers(),
-    "hang": lambda _: silence(),
-    "hang_headers": lambda _: headers_then_silence(),
-    "late": lambda text: late_first_token(float(text)),
-    "hang_after": lambda text: stall_after(int(text)),
-    "rst_after": lambda text: reset_after(int(text)),
-    "fin_after": lambda text: unterminated_after(int(text)),
-    "closed_after": lambda text: closed_after(int(text)),
-    "ended_after": lambda text: ended_after(int(text)),
-    "garbage": lambda text: garbage_event(int(text or 0)),
-    "bad_utf8": lambda _: bad_utf8(),
-    "every_byte": lambda _: every_byte(),
-    "redirect": lambda text: redirect(307, text),
-    "gzip_bomb": lambda _: gzip_bomb(),
-    "huge_line": lambda _: huge_line(),
-    "huge_json": lambda _: huge_json(),
-    "huge_headers": lambda _: huge_headers(),
-    "flood": lambda _: flood_of_1xx(),
-    "html": lambda _: html(),
-    "noise": lambda _: noise(),
-    "empty": lambda _: empty(),
-    "done_first": lambda _: done_first(),
-    "no_done": lambda _: no_done(),
-    "error_in_200": lambda text: error_in_200(int(text or 0)),
-    "leaky": lambda _: leaky(),
-    "close": lambda _: close_after_answer(),
-}
-"""Behaviours for models named `do-<name>` or `do-<name>:<argument>`, such as `do-rst_after:3`."""
-
-
-def by_model(model: str) -> Behaviour | None:
-    """The behaviour that a model's name asks for, if it does."""
-    name, _, argument = model.removeprefix("do-").partition(":")
-    return BY_NAME[name](argument) if model.startswith("do-") and name in BY_NAME else None
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

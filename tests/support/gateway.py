@@ -11,11 +11,8 @@ without processes and without a database, see `tests.support.inprocess`.
 
 from __future__ import annotations
 
-import atexit
-import fcntl
 import functools
 import json
-import os
 import secrets
 import shutil
 import subprocess
@@ -23,26 +20,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import httpx
 
-from tests.support.environment import fresh_secrets
+from tests.support.installation import fresh_secrets
 from tests.support.ports import LOOPBACK, free_port
 from tests.support.postgres import Postgres, create_database, drop_database
 from tests.support.processes import LOG_TAIL, REPOSITORY, Process
+from tests.support.template import (
+    Database,
+    base_settings,
+    default_database,
+    migrate,
+    session_server,
+    template_of,
+)
 from tests.support.valkey import Valkey
 
-Database = Literal["sqlite", "postgresql"]
-SHARED_FOLDER = "PENSTOCK_TEST_FOLDER"
-INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR")
 READY_TIMEOUT = 40.0
 SETTLE_TIMEOUT = 10.0
 STOP_TIMEOUT = 45.0
-TEMPLATE = "penstock_template"
-SQLITE_NAME = "penstock.sqlite3"
 
 _celery = (sys.executable, "-m", "celery", "--quiet", "--app", "config.celery")
 PROGRAMS: Mapping[str, Sequence[str]] = {
@@ -86,7 +85,7 @@ class Gateway:
             functools.partial(shutil.rmtree, self.folder, ignore_errors=True)
         ]
         try:
-            self.env = self._settings(database or _default_database(), dict(env or {}), redis)
+            self.env = self._settings(database or default_database(), dict(env or {}), redis)
             if start:
                 self.start()
         except BaseException:
@@ -255,16 +254,16 @@ class Gateway:
         self, database: Database | Postgres, env: dict[str, str], redis: str | Valkey | None
     ) -> dict[str, str]:
         """Make the database and say in the environment where everything is."""
-        settings = _base_settings(self.data_dir, self.port, health="beat" in self.programs)
+        settings = base_settings(self.data_dir, self.port, health="beat" in self.programs)
         if redis is not None:
             settings["REDIS_URL"] = redis if isinstance(redis, str) else redis.url
         if isinstance(database, Postgres) or "PENSTOCK_ENCRYPTION_KEY" in env or "DATABASE_URL" in env:
             return self._migrated({**settings, **fresh_secrets()}, database, env)
-        template = _template(database)
+        template = template_of(database)
         shutil.copytree(template.data_dir, self.data_dir)
         settings.update(fresh_secrets(), PENSTOCK_ENCRYPTION_KEY=template.encryption_key)
         if database == "postgresql":
-            settings["DATABASE_URL"] = self._own_database(_session_server(), template=template.database)
+            settings["DATABASE_URL"] = self._own_database(session_server(), template=template.database)
         return {**settings, **env}
 
     def _migrated(
@@ -272,10 +271,10 @@ class Gateway:
     ) -> dict[str, str]:
         """A database without a template: on a server or under a key that no other gateway uses."""
         if "DATABASE_URL" not in env and database != "sqlite":
-            server = database.url if isinstance(database, Postgres) else _session_server()
+            server = database.url if isinstance(database, Postgres) else session_server()
             settings["DATABASE_URL"] = self._own_database(server, template="template0")
         settings.update(env)
-        _migrate(settings)
+        migrate(settings)
         return settings
 
     def _own_database(self, server: str, *, template: str) -> str:
@@ -283,84 +282,6 @@ class Gateway:
         address = create_database(server, name, template=template)
         self._undo.append(functools.partial(_drop_quietly, server, name))
         return address
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """A migrated installation to copy. database: the name of its PostgreSQL database. The keyring in it is bound to the key."""
-
-    data_dir: Path
-    encryption_key: str
-    database: str = TEMPLATE
-
-
-@functools.cache
-def _template(database: Database) -> Template:
-    """Made once in the session's folder, by whichever worker is first; the others wait for it."""
-    folder = _shared_folder() / f"template-{database}"
-    data_dir = folder / "data"
-    done = folder / "key"
-    with (_shared_folder() / f"template-{database}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            settings = {**_base_settings(data_dir, free_port()), **fresh_secrets()}
-            if database == "postgresql":
-                drop_database(_session_server(), TEMPLATE)
-                settings["DATABASE_URL"] = create_database(_session_server(), TEMPLATE)
-            _migrate(settings)
-            done.touch(mode=0o600)
-            done.write_text(settings["PENSTOCK_ENCRYPTION_KEY"])
-    return Template(data_dir, done.read_text())
-
-
-def _base_settings(data_dir: Path, port: int, *, health: bool = False) -> dict[str, str]:
-    data_dir.parent.mkdir(mode=0o700, exist_ok=True)
-    return {
-        **{name: os.environ[name] for name in INHERITED if name in os.environ},
-        "ENV_FILE": os.devnull,
-        "DATA_DIR": str(data_dir),
-        "HOST": LOOPBACK,
-        "PORT": str(port),
-        "LOG_FORMAT": "json",
-        "HEALTH_CHECK_ENABLED": str(health).lower(),
-        "RATE_LIMIT_REQUESTS": "100000",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def _migrate(settings: Mapping[str, str]) -> None:
-    Path(settings["DATA_DIR"]).mkdir(mode=0o700, parents=True, exist_ok=True)
-    command = [sys.executable, "manage.py", "migrate", "--verbosity=0"]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=dict(settings), capture_output=True, text=True, check=False, timeout=120
-    )
-    if done.returncode:
-        raise AssertionError(f"migrate ended with {done.returncode}\n{done.stdout}{done.stderr}")
-
-
-@functools.cache
-def _shared_folder() -> Path:
-    """The session's folder, which all workers share; without a session, one that goes with this process."""
-    if SHARED_FOLDER in os.environ:
-        return Path(os.environ[SHARED_FOLDER])
-    folder = tempfile.mkdtemp(prefix="penstock-tests-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def _default_database() -> Database:
-    return "postgresql" if os.environ.get("PENSTOCK_TEST_DATABASE") == "postgresql" else "sqlite"
-
-
-@functools.cache
-def _session_server() -> str:
-    """The superuser's address of the session's PostgreSQL; one is started for this process where the session has none."""
-    shared = os.environ.get("DATABASE_URL", "")
-    if shared.startswith("postgresql://"):
-        return shared
-    server = Postgres()
-    atexit.register(server.stop)
-    return server.url
 
 
 def _drop_quietly(server: str, name: str) -> None:

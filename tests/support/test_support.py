@@ -18,6 +18,7 @@ import redis
 
 from tests.support import answers, faults, ports
 from tests.support.answers import ok, status
+from tests.support.gateway import Gateway
 from tests.support.http_server import Behaviour, Exchange
 from tests.support.llama import Llama, must_call_a_tool
 from tests.support.postgres import Postgres
@@ -141,11 +142,13 @@ def test_the_ledger_says_when_the_caller_left(upstream: Upstream) -> None:
     upstream.behave(ok(chunks=1000, delay=0.01))
     connection = ask(upstream)
     upstream.ledger.wait_for(lambda ledger: ledger.records and ledger.last.chunks_sent >= 3)
-    assert upstream.ledger.last.closed_by_peer_at is None
+    assert not upstream.ledger.last.done
     left = time.monotonic()
     connection.close()
     upstream.ledger.wait_for(lambda ledger: ledger.last.closed_by_peer_at)
-    assert 0 <= (upstream.ledger.last.closed_by_peer_at or 0) - left < 0.5
+    noticed = upstream.ledger.last.closed_by_peer_at
+    assert noticed is not None
+    assert 0 <= noticed - left < 0.5
     assert upstream.ledger.last.done
     assert upstream.ledger.last.chunks_sent < 100
 
@@ -428,3 +431,24 @@ def test_llama_answers_embeddings() -> None:
             f"{server.url}/v1/embeddings", json={"model": "vectors", "input": "water"}, timeout=30
         )
         assert len(answer.json()["data"][0]["embedding"]) == 64
+
+
+# -- the product -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gateway_starts_serves_is_killed_and_serves_again(upstream: Upstream) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "river"}]}
+    with Gateway(database="sqlite", start=False) as gateway:
+        key = gateway.provide(f"{upstream.url}/v1", api_key="sk-upstream-0123456789")
+        gateway.start()
+        with gateway.client(key) as client:
+            assert client.post("/v1/chat/completions", json=chat).json()["usage"]["completion_tokens"] == 5
+        assert upstream.ledger.last.headers["authorization"] == "Bearer sk-upstream-0123456789"
+        gateway.kill9()
+        assert not gateway.ready()
+        gateway.start()
+        with gateway.client(key) as client:
+            assert client.post("/v1/chat/completions", json=chat).status_code == 200
+        folder, port = gateway.folder, gateway.port
+    assert not folder.exists()
+    assert not ports.accepts(port)

@@ -5,7 +5,7 @@
         ...                                               # a provider with base_url upstream.url + "/v1"
         upstream.ledger.wait_for(lambda ledger: ledger.last.closed_by_peer_at)
 
-What decides how a request is answered, first match wins: a model named `do-<fault>` (see `faults.BY_NAME`), a behaviour
+What decides how a request is answered, first match wins: a model named `do-<fault>` (see `named.BY_NAME`), a behaviour
 set for its path with `on`, the next of the script, the default set with `behave`. Only what is not a GET uses up the script,
 so that probes and lists of models do not disturb it.
 """
@@ -21,9 +21,9 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Self, TypeVar
 
 from tests.support.answers import ok
-from tests.support.faults import by_model
 from tests.support.http_server import Behaviour, Connection
 from tests.support.ledger import Ledger, Record
+from tests.support.named import by_model
 from tests.support.ports import LOOPBACK
 
 T = TypeVar("T")

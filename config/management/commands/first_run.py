@@ -26,7 +26,9 @@ FIRST_KEY = "first key"
 
 
 class Command(BaseCommand):
-    help = "Makes what is missing for a first start; running it again changes nothing. Secrets are printed once."
+    help = (
+        "Makes what is missing for a first start; running it again changes nothing. Secrets are printed once."
+    )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="print one line of JSON instead of sentences")
