@@ -116,7 +116,7 @@ def _of_parsing(error: exceptions.ParseError) -> Problem:
 
 
 def _of_throttle(error: exceptions.Throttled) -> Problem:
-    wait = max(1, math.ceil(error.wait or 1))
+    wait = max(1, math.ceil(getattr(error, "wait", None) or 1))
     return Problem(429, f"Too many requests; try again in {wait} seconds.", retry_after=wait)
 
 

@@ -53,7 +53,7 @@ class Tokens(serializers.Serializer[Any]):
 class TokenView(APIView):
     """Open to everybody, since it is here that one becomes somebody; cookies do not count."""
 
-    authentication_classes: ClassVar[list[Any]] = []
+    authentication_classes: list[Any] = []
     permission_classes = [AllowAny]
     content_negotiation_class = OnlyJSON
     form: ClassVar[type[KnownFields]] = Refresh
@@ -76,7 +76,7 @@ class ObtainToken(TokenView):
         """Tokens for a user name and a password; too many wrong ones are answered with 429 for a while."""
         values = self.read(request)
         # The wrapped request keeps the mark of a lockout to itself, so that the answer has this API's shape.
-        user = authenticate(request=request, username=values["username"], password=values["password"])  # type: ignore[arg-type]
+        user = authenticate(request=request, username=values["username"], password=values["password"])
         if getattr(request, "axes_locked_out", False):
             cool_off = get_cool_off(request)
             raise exceptions.Throttled(wait=cool_off.total_seconds() if cool_off else None)

@@ -89,7 +89,7 @@ class Door(viewsets.GenericViewSet[Any]):
     def changing(self) -> AbstractContextManager[Change]:
         """The one door for changes, in the caller's name. No network inside."""
         return changes(
-            actor=self.request.user,  # type: ignore[arg-type]  # permissions have refused the anonymous
+            actor=self.request.user,
             via="api",
             ip=ip_of(self.request),
             request_id=request_id_of(self.request),
@@ -254,8 +254,8 @@ def or_404(row: Row | None) -> Row:
 class NotHere(APIView):
     """Answers for every path below /api that nothing else answers, with 404 in the API's shape."""
 
-    authentication_classes: ClassVar[list[Any]] = []
-    permission_classes: ClassVar[list[Any]] = []
+    authentication_classes: list[Any] = []
+    permission_classes: list[Any] = []
     content_negotiation_class = OnlyJSON
     schema = None
 

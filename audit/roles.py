@@ -105,11 +105,12 @@ def roles_of(user: AnyUser) -> frozenset[Role]:
         return frozenset()
     known: frozenset[Role] | None = getattr(user, "_penstock_roles", None)
     if known is None:
-        names = set(user.groups.filter(name__in=list(Role)).values_list("name", flat=True))  # type: ignore[union-attr]
+        groups = Group.objects.filter(user=user.pk, name__in=list(Role))
+        names = set(groups.values_list("name", flat=True))
         if getattr(user, "is_superuser", False):
             names.add(Role.ADMINISTRATOR)
         known = frozenset(Role(name) for name in names)
-        user._penstock_roles = known  # type: ignore[union-attr]
+        user._penstock_roles = known  # type: ignore[attr-defined]
     return known
 
 

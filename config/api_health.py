@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar
+from typing import Any
 
 from django.conf import settings
 from django.db import DatabaseError, connection
@@ -30,9 +30,9 @@ class HealthSerializer(serializers.Serializer[Any]):
 class OpenView(APIView):
     """Without login, without cookies and outside the throttle."""
 
-    authentication_classes: ClassVar[list[Any]] = []
+    authentication_classes: list[Any] = []
     permission_classes = [AllowAny]
-    throttle_classes: ClassVar[list[Any]] = []
+    throttle_classes: list[Any] = []
     content_negotiation_class = OnlyJSON
 
 
@@ -60,6 +60,6 @@ def database_answers() -> bool:
     try:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1")
-            return cursor.fetchone() == (1,)
+            return bool(cursor.fetchone() == (1,))
     except DatabaseError:
         return False

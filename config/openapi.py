@@ -29,7 +29,7 @@ STATUSES = {
 }
 
 
-class BearerScheme(OpenApiAuthenticationExtension):  # type: ignore[misc]
+class BearerScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
     """Tells the schema how `audit.api.BearerAuthentication` is used."""
 
     target_class = "audit.api.BearerAuthentication"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,20 @@ def _read(kind: Kind, answer: Answer) -> tuple[Model, ...]:
 
 def _is_name(name: str) -> bool:
     return 0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip()
+
+
+class UnknownSlug(Exception):
+    """There is no provider with one of the slugs that were asked for."""
+
+
+def by_slug(slugs: Sequence[str]) -> list[Provider]:
+    """The providers with these slugs, in their order; all that are enabled when none is given. Raises UnknownSlug."""
+    if not slugs:
+        return list(Provider.objects.filter(enabled=True))
+    found = {provider.slug: provider for provider in Provider.objects.filter(slug__in=slugs)}
+    if unknown := [slug for slug in slugs if slug not in found]:
+        raise UnknownSlug(f"there is no provider {', '.join(unknown)}")
+    return [found[slug] for slug in slugs]
 
 
 def refresh_models(

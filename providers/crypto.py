@@ -144,8 +144,10 @@ def unwrap(stored: Wrap, encryption_key: bytes) -> Keyring | None:
         key = _stretch(encryption_key, _unb64(stored.salt), stored.rounds)
         content = json.loads(AESGCM(key).decrypt(data[:12], data[12:], WRAP_AAD))
         keys = {kid: _unb64(text) for kid, text in content["keys"].items()}
-        return Keyring(content["primary"], keys, _unb64(content["marker"]))
-    except (InvalidTag, ValueError, KeyError, binascii.Error):
+        # Keyrings of the first days had no marker and used their oldest key for it.
+        marker = _unb64(content["marker"]) if "marker" in content else next(iter(keys.values()))
+        return Keyring(content["primary"], keys, marker)
+    except (InvalidTag, ValueError, KeyError, StopIteration, binascii.Error):
         return None
 
 
@@ -154,7 +156,7 @@ _keyring: Keyring | None = None
 
 def install(keyring: Keyring | None) -> None:
     """Make `keyring` the one this process uses (None: none)."""
-    global _keyring
+    global _keyring  # noqa: PLW0603 - a process has one keyring
     _keyring = keyring
 
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, ClassVar
 
+from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.db import transaction
 from django.utils import timezone
 
 from audit.changes import NotInChanges
 from audit.changes import record as audit_record
-from providers import adapters, catalog, errors, upstream
+from providers import adapters, catalog, errors, keyring, upstream
 from providers.models import ApiKey, HealthCheck, Provider, ProviderHealth, Status, Verdict
 from providers.wire import Answer, Credential, Endpoint, ProbeStatus, Reading
 
@@ -115,7 +116,18 @@ def reading_of(error: errors.ProviderError) -> Reading:
 
 
 def _words(error: errors.ProviderError) -> str:
-    return f"{error.text} ({error.detail})" if error.detail else error.text
+    return f"{error.text} {error.detail}".strip()
+
+
+def probe_now(provider: Provider) -> Reading:
+    """Probe a provider and take note of it; sync, for a person who waits. Never inside `changes()`, for it dials."""
+    keyring.load_if_changed()
+    now = timezone.now()
+    reading = async_to_sync(probe_endpoint)(
+        provider.endpoint(), probe_credential(provider), timeout=settings.HEALTH_CHECK_TIMEOUT_SECONDS
+    )
+    record(provider.pk, reading, now=now)
+    return reading
 
 
 def probe_credential(provider: Provider) -> Credential | None:

@@ -68,7 +68,7 @@ def ensure() -> Keyring:
 
 
 def _use(keyring: Keyring, row: KeyringRow) -> None:
-    global _opened_at
+    global _opened_at  # noqa: PLW0603 - a process has one keyring
     crypto.install(keyring)
     _opened_at = row.updated_at
 

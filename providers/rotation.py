@@ -71,7 +71,8 @@ class KeyringStatus:
 
 
 def new_key() -> str:
-    """Add a data key and return its id."""
+    """Add a data key and return its id. Raises RotationRefused or WrongEncryptionKey."""
+    keyring.current()
     if keyring.foreign_wraps():
         raise RotationRefused(
             "the keyring is also wrapped under an encryption key that is not configured here; run retire first"
@@ -84,28 +85,19 @@ def new_key() -> str:
 
 def rewrap(*, batch: int = BATCH, tell: Callable[[int], None] = lambda count: None) -> Rewrapped:
     """Seal again, under the primary key, whatever is under another. `tell` hears the number done after each batch."""
-    ring = keyring.current()
-    failed: dict[int, SealedValue] = {}
-    done = 0
-    while True:
-        rows = _rows_to_rewrap(ring.primary, failed, batch)
-        if not rows:
-            return Rewrapped(done, tuple(failed.values()))
-        done += _rewrap_batch(rows, failed)
-        tell(done)
+    primary = keyring.current().primary
+    failed: list[SealedValue] = []
+    done = after = 0
+    while rows := _batch(after, batch):
+        after = rows[-1].pk
+        older = [key for key in rows if keyring.sealed_under(key) != primary]
+        if older:
+            done += _rewrap_batch(older, failed)
+            tell(done)
+    return Rewrapped(done, tuple(failed))
 
 
-def _rows_to_rewrap(primary: str, failed: dict[int, SealedValue], batch: int) -> list[ApiKey]:
-    rows = []
-    for key in _keys():
-        if keyring.sealed_under(key) != primary and key.pk not in failed:
-            rows.append(key)
-        if len(rows) == batch:
-            break
-    return rows
-
-
-def _rewrap_batch(rows: list[ApiKey], failed: dict[int, SealedValue]) -> int:
+def _rewrap_batch(rows: list[ApiKey], failed: list[SealedValue]) -> int:
     """One transaction and one entry. A value that was replaced since it was read is left to whoever did that."""
     with changes(actor=None, via="command"):
         done = []
@@ -113,7 +105,7 @@ def _rewrap_batch(rows: list[ApiKey], failed: dict[int, SealedValue]) -> int:
             try:
                 fresh = keyring.resealed(key)
             except CredentialUnavailable as error:
-                failed[key.pk] = _value(key, error.detail or error.text)
+                failed.append(_value(key, error.detail or error.text))
                 continue
             if ApiKey.objects.filter(pk=key.pk, secret=key.secret).update(secret=fresh):
                 done.append(key.pk)
@@ -161,7 +153,7 @@ def _left_to_settle() -> float:
 def status() -> KeyringStatus:
     """Which keys there are and what is sealed under them. Raises WrongEncryptionKey."""
     ring = keyring.current()
-    counts = Counter({kid: 0 for kid in ring.keys})
+    counts = Counter(dict.fromkeys(ring.keys, 0))
     counts.update(keyring.sealed_under(key) for key in _keys())
     return KeyringStatus(ring.primary, dict(counts), len(KeyringRow.objects.get().wraps), keyring.foreign_wraps())
 
@@ -176,4 +168,11 @@ def _value(key: ApiKey, problem: str = "") -> SealedValue:
 
 
 def _keys() -> Iterator[ApiKey]:
-    return ApiKey.objects.select_related("provider").order_by("pk").iterator(chunk_size=500)
+    after = 0
+    while rows := _batch(after, 500):
+        after = rows[-1].pk
+        yield from rows
+
+
+def _batch(after: int, size: int) -> list[ApiKey]:
+    return list(ApiKey.objects.select_related("provider").filter(pk__gt=after).order_by("pk")[:size])

@@ -8,6 +8,7 @@ this one call, follow no redirect, take no compressed answer, and turn every for
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import logging
 import ssl
@@ -20,7 +21,7 @@ from django.conf import settings
 from multidict import CIMultiDict
 
 from providers import adapters, errors
-from providers.client import Dial, Sessions, control_plane_client
+from providers.client import DIAL, Dial, Sessions, control_plane_client
 from providers.crypto import Secret
 from providers.destination import Policy
 from providers.own_addresses import OwnAddresses
@@ -75,14 +76,15 @@ async def _dial(
 ) -> aiohttp.ClientResponse:
     """Once, or twice when a pooled connection turns out to be closed before one byte of an answer came (F13)."""
     dial = Dial()
+    DIAL.set(dial)
     try:
-        return await _send(sessions.get(policy, endpoint.ca_pem), endpoint, request, headers, dial)
+        return await _send(sessions.get(policy, endpoint.ca_pem), endpoint, request, headers)
     except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
         # Of an answer that had begun, aiohttp keeps the part of the head that came.
         begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
         if begun or not dial.reused or isinstance(error, aiohttp.ClientConnectorError):
             raise
-    return await _send(sessions.get(policy, endpoint.ca_pem, fresh=True), endpoint, request, headers, Dial())
+    return await _send(sessions.get(policy, endpoint.ca_pem, fresh=True), endpoint, request, headers)
 
 
 def _body(body: bytes | None) -> bytes | io.BytesIO | None:
@@ -95,19 +97,21 @@ async def _send(
     endpoint: Endpoint,
     request: WireRequest,
     headers: CIMultiDict[str],
-    dial: Dial,
 ) -> aiohttp.ClientResponse:
-    connect = endpoint.timeouts.connect
     return await session.request(
         request.method,
         request.url,
         data=_body(request.body),
         headers=headers,
         allow_redirects=False,
-        # aiohttp rounds timeouts above the threshold up to whole seconds; ours are meant.
-        timeout=aiohttp.ClientTimeout(total=None, connect=connect, sock_connect=connect, ceil_threshold=1e9),
-        trace_request_ctx=dial,
+        timeout=_connect_within(endpoint.timeouts.connect),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _connect_within(seconds: float) -> aiohttp.ClientTimeout:
+    """aiohttp rounds timeouts above the threshold up to whole seconds; ours are meant."""
+    return aiohttp.ClientTimeout(total=None, connect=seconds, sock_connect=seconds, ceil_threshold=1e9)
 
 
 async def ask(

@@ -59,7 +59,7 @@ class TargetForm(forms.Form):
         super().__init__(*args, **kwargs)
         self.fields["provider"].queryset = providers  # type: ignore[attr-defined]  # a ModelChoiceField
         self.fields["api_key"].queryset = keys  # type: ignore[attr-defined]  # as above
-        self.fields["api_key"].widget.owners = {str(key.pk): key.provider_id for key in keys}  # type: ignore[attr-defined]
+        self.fields["api_key"].widget.owners = {str(key.pk): key.provider_id for key in keys}
         self.fields["model"].widget.attrs.update(
             {
                 "placeholder": "the one asked for, else its first",
@@ -153,8 +153,7 @@ class ActiveProviderAdmin(AuditedAdmin):
         if request.method != "POST" or not self.has_change_permission(request):
             raise PermissionDenied
         _, known = self._find(purpose)
-        response = write(request, lambda: self._cleared(request, known))
-        return response
+        return write(request, lambda: self._cleared(request, known))
 
     def _cleared(self, request: HttpRequest, purpose: Purpose) -> HttpResponse:
         if clear_active(purpose):
@@ -254,7 +253,7 @@ class ActiveProviderAdmin(AuditedAdmin):
             return ActiveProvider.objects.filter(purpose=object_id).first(), Purpose(object_id)
         row = (
             ActiveProvider.objects.filter(pk=int(object_id)).first()
-            if (object_id or "").isdecimal()
+            if object_id and object_id.isdecimal()
             else None
         )
         if row is None:

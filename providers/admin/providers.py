@@ -60,9 +60,9 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
         "address",
         "priority",
     )
-    list_filter: Any = ("enabled", HealthFilter, "kind", *PURPOSES)
-    list_select_related = ("health",)
-    ordering = ("-enabled", "priority", "id")
+    list_filter: ClassVar[Any] = ("enabled", HealthFilter, "kind", *PURPOSES)
+    list_select_related: ClassVar[Any] = ("health",)
+    ordering: ClassVar[Any] = ("-enabled", "priority", "id")
     search_fields = ("name", "slug", "base_url")
     search_help_text = "Search by name, slug or address"
     derived = (ProviderHealth, HealthCheck, KeyUse, UpstreamModel)
@@ -73,8 +73,9 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
             "keys_count": Count("keys", filter=Q(keys__enabled=True), distinct=True),
             "models_known": Count("upstream_models", filter=Q(upstream_models__enabled=True), distinct=True),
         }
-        queryset: QuerySet[Any] = super().get_queryset(request).filter(kind__in=self.kinds)
-        return queryset.annotate(**counts)
+        queryset: QuerySet[Any] = super().get_queryset(request)
+        annotated: QuerySet[Any] = queryset.filter(kind__in=self.kinds).annotate(**counts)
+        return annotated
 
     @admin.display(description="Address", ordering="base_url")
     def address(self, provider: Provider) -> str:

@@ -119,7 +119,7 @@ class Active(Door):
     }
     serializer_class = ActiveSerializer
     pagination_class = None
-    filter_backends: ClassVar[list[Any]] = []
+    filter_backends: list[Any] = []
     lookup_field = "purpose"
     queryset = ActiveProvider.objects.prefetch_related("targets__provider", "targets__api_key")
 

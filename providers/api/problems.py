@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from audit.api_errors import Problem, know
+from audit.api_errors import RETRY_SECONDS, Problem, know
 from providers.errors import CredentialUnavailable, ProviderError
 from providers.keyring import WrongEncryptionKey
 
@@ -12,11 +12,11 @@ def _of_provider(error: ProviderError) -> Problem:
 
 
 def _of_credential(error: CredentialUnavailable) -> Problem:
-    return Problem(503, error.text)
+    return Problem(503, error.text, retry_after=RETRY_SECONDS)
 
 
 def _of_keyring(error: WrongEncryptionKey) -> Problem:
-    return Problem(503, "Secrets cannot be sealed or opened now; see the log.")
+    return Problem(503, "Secrets cannot be sealed or opened now; see the log.", retry_after=RETRY_SECONDS)
 
 
 know(ProviderError, _of_provider)

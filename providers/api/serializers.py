@@ -13,7 +13,7 @@ from audit.api_views import StrictSerializer, blaming
 from providers import keys
 from providers.adapters import KINDS, SELF_HOSTED
 from providers.api.values import KeyField, ModelNames, check_store, write_models
-from providers.models import ApiKey, Provider, ProviderHealth, Server
+from providers.models import ApiKey, Provider, ProviderHealth, Server, Status, Verdict
 from providers.wire import origin_of
 
 P = TypeVar("P", bound=Provider)
@@ -65,14 +65,8 @@ class ProviderSerializer(StrictSerializer[P]):
     is_active = serializers.BooleanField(
         source="enabled", required=False, help_text="Another name of `enabled`."
     )
-    status = serializers.ChoiceField(
-        ProviderHealth.status.field.choices, source="health.status", read_only=True
-    )  # type: ignore[attr-defined]
-    health_status = serializers.ChoiceField(
-        ProviderHealth.health_status.field.choices,  # type: ignore[attr-defined]
-        source="health.health_status",
-        read_only=True,
-    )
+    status = serializers.ChoiceField(Status.choices, source="health.status", read_only=True)
+    health_status = serializers.ChoiceField(Verdict.choices, source="health.health_status", read_only=True)
     is_healthy = serializers.BooleanField(source="health.is_healthy", read_only=True)
     consecutive_failures = serializers.IntegerField(source="health.consecutive_failures", read_only=True)
     latency_ms = serializers.FloatField(source="health.latency_ms", read_only=True, allow_null=True)

@@ -12,14 +12,14 @@ from rest_framework import serializers
 
 from providers import keyring
 from providers.health import probe_credential, record, test_endpoint
-from providers.models import ApiKey, Provider, ProviderHealth
+from providers.models import ApiKey, Provider, Status
 from providers.wire import Credential, Reading
 
 
 class TrialSerializer(serializers.Serializer[Any]):
     """What a test saw. `status` is `online` for an answer that makes sense, else what went wrong."""
 
-    status = serializers.ChoiceField(ProviderHealth.status.field.choices)  # type: ignore[attr-defined]
+    status = serializers.ChoiceField(Status.choices)
     status_code = serializers.IntegerField(allow_null=True)
     latency_ms = serializers.FloatField(allow_null=True)
     detail = serializers.CharField(allow_null=True)

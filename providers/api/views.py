@@ -77,7 +77,7 @@ class Providers(Rows):
         "override": "override",
         "models": "read",
     }
-    serializer_class: ClassVar[Any] = ProviderSerializer
+    serializer_class: Any = ProviderSerializer
     queryset = Provider.objects.select_related("health").prefetch_related("keys", "upstream_models")
     filterset_class = ProviderFilter
     search_fields = ("name", "slug", "base_url")
@@ -133,7 +133,7 @@ class VendorsAndServers(Providers):
     @action(detail=False, methods=["post"], url_path="test-direct")
     def test_direct(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Test a provider that is not saved, and save nothing."""
-        form = self.get_serializer(data=request.data)
+        form: Any = self.get_serializer(data=request.data)
         form.is_valid(raise_exception=True)
         values = {**form.validated_data}
         api_key, _ = values.pop("api_key", None), values.pop("upstream_models", None)

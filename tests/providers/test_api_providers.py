@@ -12,7 +12,7 @@ from django.contrib.auth.models import User
 from audit.models import Entry
 from providers.models import Provider, ProviderHealth
 from tests.support.api import KEY, V1, add_key, add_server, as_, error
-from tests.support.ports import free_port
+from tests.support.ports import closed_port
 from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.django_db
@@ -33,7 +33,7 @@ def test_a_server_is_tested_and_the_test_counts_like_a_probe(operator: User, ups
     assert response.status_code == 200
     seen = response.json()
     assert set(seen) == {"status", "status_code", "latency_ms", "detail", "models"}
-    assert (seen["status"], seen["status_code"], seen["detail"]) == ("online", 200, None)
+    assert (seen["status"], seen["status_code"], seen["detail"]) == ("online", 200, "2 models")
     assert seen["models"]
     assert KEY not in json.dumps(seen)
     after = client.get(f"{V1}/servers/{made['id']}").json()
@@ -43,9 +43,9 @@ def test_a_server_is_tested_and_the_test_counts_like_a_probe(operator: User, ups
 
 def test_a_test_answers_200_whatever_its_result(operator: User) -> None:
     client = as_(operator)
-    made = add_server(client, base_url=f"http://127.0.0.1:{free_port()}")
-
-    seen = client.post(f"{V1}/servers/{made['id']}/test").json()
+    with closed_port() as port:
+        made = add_server(client, base_url=f"http://127.0.0.1:{port}")
+        seen = client.post(f"{V1}/servers/{made['id']}/test").json()
 
     assert (seen["status"], seen["status_code"], seen["models"]) == ("unreachable", None, [])
     assert seen["detail"]
@@ -94,9 +94,9 @@ def test_the_models_of_a_server_are_asked_for_once(operator: User, viewer: User,
 
 
 def test_a_server_that_cannot_be_asked_for_its_models_is_a_provider_error(operator: User) -> None:
-    made = add_server(as_(operator), base_url=f"http://127.0.0.1:{free_port()}")
-
-    response = as_(operator).get(f"{V1}/servers/{made['id']}/models")
+    with closed_port() as port:
+        made = add_server(as_(operator), base_url=f"http://127.0.0.1:{port}")
+        response = as_(operator).get(f"{V1}/servers/{made['id']}/models")
 
     assert response.status_code == 502
     assert error(response)["code"] == "PROVIDER_ERROR"
@@ -125,7 +125,9 @@ def test_a_wrong_override_is_refused(operator: User, body: Any) -> None:
 
 
 def test_a_vendor_is_added_with_its_public_address(operator: User) -> None:
-    response = as_(operator).post(f"{V1}/providers", {"name": "Second OpenAI", "kind": "openai", "api_key": KEY})
+    response = as_(operator).post(
+        f"{V1}/providers", {"name": "Second OpenAI", "kind": "openai", "api_key": KEY}
+    )
 
     assert response.status_code == 201, response.content
     assert response.json()["base_url"].startswith("https://api.openai.com")

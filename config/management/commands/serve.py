@@ -2,20 +2,25 @@
 
 import sys
 from argparse import ArgumentParser
+from typing import Any
 
 from django.conf import settings
-from django.core.management.base import BaseCommand
-from django.db import connections
+from django.core.management.base import BaseCommand, CommandError
+from django.db import DatabaseError, connections
 
 from config.connection import Limits
+from config.env import refuse_wrong_settings
 from config.server import Config, Server, bind, harden_process
 from config.workers import Workers
+from providers import keyring
 
 
 class Command(BaseCommand):
     """Serve both planes on one address until SIGTERM or SIGINT, then drain."""
 
     help = "Serve the gateway and the admin (HOST, PORT, WEB_CONCURRENCY and TRUSTED_PROXIES say how)."
+
+    requires_system_checks: Any = []  # `_refuse` says the same in one line
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--host", default=settings.HOST, help="address to listen on, instead of HOST")
@@ -32,6 +37,7 @@ class Command(BaseCommand):
     def handle(self, *args: object, host: str, port: int, grace: float, **options: object) -> None:
         """Bind, then run one server here or several in workers."""
         harden_process()
+        _refuse()
         sock = bind(host, port)
         from config.asgi import application
         from proxy.inflight import REGISTRY
@@ -43,9 +49,28 @@ class Command(BaseCommand):
         def work() -> None:
             Server(config, drain=REGISTRY).run(sockets=[sock])
 
-        connections.close_all()  # A forked worker must not share a connection that a system check opened.
+        _close_connections()
         count: int = settings.WEB_CONCURRENCY
         if count == 1:
             work()
         else:
             sys.exit(Workers(work, count=count, sock=sock).run())
+
+
+def _refuse() -> None:
+    """End here, before anything listens, when a setting or the encryption key is wrong."""
+    refuse_wrong_settings(list(settings.SETTINGS_PROBLEMS))
+    try:
+        keyring.load()
+    except keyring.WrongEncryptionKey as error:
+        raise CommandError(str(error)) from None
+    except DatabaseError as error:
+        raise CommandError(f"DATABASE_URL: the database cannot be read ({type(error).__name__})") from None
+
+
+def _close_connections() -> None:
+    """A forked worker must share neither a connection nor a pool, whose threads stay behind, with its parent."""
+    for connection in connections.all(initialized_only=True):
+        connection.close()
+        if hasattr(connection, "close_pool"):
+            connection.close_pool()

@@ -1,0 +1,236 @@
+"""The four roles: what each may do through the API, and the same table as Django permissions for the admin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import Group, User
+from django.core.management import call_command
+from django.db import transaction
+
+from audit import roles
+from audit.changes import changes
+from audit.models import Entry, Head
+from config.api_v1 import active_router, router
+from providers.models import Provider
+from tests.support.api import V1, add_key, add_server, anybody, as_
+
+pytestmark = pytest.mark.django_db
+WHO = ("nobody", "stranger", "member", "viewer", "operator", "administrator", "superuser")
+READ, WRITE, ADMIN = "vOAS", "OAS", "AS"
+"""Who may: v viewer, O operator, A administrator, S superuser; m member."""
+
+MATRIX: list[tuple[str, str, str]] = [
+    ("get", "servers", READ),
+    ("post", "servers", WRITE),
+    ("get", "servers/{server}", READ),
+    ("put", "servers/{server}", WRITE),
+    ("patch", "servers/{server}", WRITE),
+    ("delete", "servers/{server}", WRITE),
+    ("post", "servers/{server}/test", WRITE),
+    ("get", "servers/{server}/models", READ),
+    ("get", "providers", READ),
+    ("post", "providers", WRITE),
+    ("get", "providers/{server}", READ),
+    ("put", "providers/{server}", WRITE),
+    ("patch", "providers/{server}", WRITE),
+    ("delete", "providers/{server}", WRITE),
+    ("post", "providers/{server}/test", WRITE),
+    ("post", "providers/test-direct", WRITE),
+    ("get", "providers/{server}/models", READ),
+    ("get", "providers/{server}/health", READ),
+    ("patch", "providers/{server}/health", WRITE),
+    ("get", "api-keys", READ),
+    ("post", "api-keys", WRITE),
+    ("get", "api-keys/{key}", READ),
+    ("put", "api-keys/{key}", WRITE),
+    ("patch", "api-keys/{key}", WRITE),
+    ("delete", "api-keys/{key}", ADMIN),
+    ("post", "api-keys/{key}/test", WRITE),
+    ("get", "active", READ),
+    ("post", "active", WRITE),
+    ("get", "active/{purpose}", READ),
+    ("put", "active/{purpose}", WRITE),
+    ("delete", "active/{purpose}", WRITE),
+    ("get", "gateway-keys", "m" + READ),
+    ("post", "gateway-keys", WRITE),
+    ("get", "gateway-keys/{gateway}", "m" + READ),
+    ("put", "gateway-keys/{gateway}", ADMIN),
+    ("patch", "gateway-keys/{gateway}", ADMIN),
+    ("delete", "gateway-keys/{gateway}", ADMIN),
+    ("post", "gateway-keys/{gateway}/revoke", "m" + WRITE),
+    ("post", "gateway-keys/{gateway}/rotate", "m" + WRITE),
+]
+LETTERS = {"member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S"}
+
+
+@pytest.fixture
+def people(person: Callable[..., User]) -> dict[str, User]:
+    made = {role: person(f"the-{role}", role) for role in ("member", "viewer", "operator", "administrator")}
+    return {**made, "stranger": person("the-stranger"), "superuser": person("root", is_superuser=True)}
+
+
+@pytest.fixture
+def things(people: dict[str, User]) -> dict[str, Any]:
+    """The ids of one thing of each kind; nothing listens where they point."""
+    client = as_(people["superuser"])
+    server = add_server(client)["id"]
+    client.put(f"{V1}/active/chat", {"provider_type": "ai_server", "provider_id": server})
+    key = add_key(client)["id"]
+    with changes(actor=None, via="system"):
+        # A vendor's address on a closed loopback port, so that a test of the key dials nobody.
+        Provider.objects.filter(slug="openai").update(base_url="https://127.0.0.1:9")
+    gateway = client.post(f"{V1}/gateway-keys", {"name": "app", "owner": "the-member"}).json()["id"]
+    return {"server": server, "key": key, "gateway": gateway, "purpose": "chat"}
+
+
+def test_the_matrix(people: dict[str, User], things: dict[str, Any]) -> None:
+    """Denied is 401 or 403; what comes after the gate (400, 404, 409, ...) is not its business."""
+    clients = {who: anybody() if who == "nobody" else as_(people[who]) for who in WHO}
+    wrong = []
+    for method, path, allowed in MATRIX:
+        for who, client in clients.items():
+            status = _status(client, method, f"{V1}/{path.format(**things)}")
+            expected = LETTERS.get(who, "?") in allowed
+            denied = {401} if who == "nobody" else {403}
+            if (status not in {401, 403}) is not expected or (not expected and status not in denied):
+                wrong.append(f"{who} {method} {path}: {status}")
+    assert not wrong
+
+
+def _status(client: Any, method: str, path: str) -> int:
+    """The answer's status; what the request did is undone, so that each finds the same things."""
+    with transaction.atomic():
+        status = int(
+            getattr(client, method)(path, **({} if method in {"get", "delete"} else {"data": {}})).status_code
+        )
+        transaction.set_rollback(True)
+    return status
+
+
+def test_the_matrix_has_every_route() -> None:
+    known = {(method, path) for method, path, _ in MATRIX}
+    found = {(method, path) for path, methods in _routes() for method in methods}
+
+    assert found == known
+
+
+def _routes() -> Iterator[tuple[str, set[str]]]:
+    """The paths of the router and their methods, as the matrix writes them."""
+    names = {"servers": "{server}", "providers": "{server}", "api-keys": "{key}", "active": "{purpose}"}
+    for pattern in (*router.urls, *active_router.urls):
+        actions = getattr(pattern.callback, "actions", {})
+        text = str(pattern.pattern).strip("^$").replace("/?", "").replace("\\", "")
+        head, _, rest = text.partition("/")
+        if "(?P<" in rest:
+            rest = names.get(head, "{gateway}") + rest[rest.rindex(")") + 1 :]
+        yield "/".join(part for part in (head, rest) if part), set(actions) - {"head", "options"}
+
+
+def test_what_is_not_in_the_table_is_denied(people: dict[str, User]) -> None:
+    for user in people.values():
+        assert not roles.may(user, "nothing", "read")
+        assert not roles.may(user, "providers", "")
+    assert not roles.may(people["operator"], "api_keys", "delete")
+    assert not roles.may(people["operator"], "allow_private", "change")
+    assert roles.may(people["administrator"], "allow_private", "change")
+
+
+def test_an_inactive_user_has_no_role(people: dict[str, User]) -> None:
+    people["superuser"].is_active = False
+
+    assert roles.roles_of(people["superuser"]) == frozenset()
+
+
+# -- the admin's side --------------------------------------------------------------------------------------------------
+
+
+def test_migrate_makes_the_groups_and_gives_them_the_tables_permissions() -> None:
+    def of(role: str) -> set[str]:
+        group = Group.objects.get(name=role)
+        return {
+            f"{app}.{name}"
+            for app, name in group.permissions.values_list("content_type__app_label", "codename")
+        }
+
+    viewer, operator, administrator = of("viewer"), of("operator"), of("administrator")
+
+    assert all(name.split(".")[1].startswith("view_") for name in viewer)
+    assert {
+        "providers.view_provider",
+        "providers.view_server",
+        "providers.view_apikey",
+        "proxy.view_gatewaykey",
+    } <= viewer
+    assert "audit.view_entry" not in viewer
+    assert {
+        "providers.delete_provider",
+        "providers.add_apikey",
+        "providers.change_apikey",
+        "audit.view_entry",
+    } <= operator
+    assert not {"providers.delete_apikey", "proxy.delete_gatewaykey", "auth.view_user"} & operator
+    assert {
+        "auth.add_user",
+        "auth.change_group",
+        "providers.delete_apikey",
+        "proxy.delete_gatewaykey",
+    } <= administrator
+    for name in (
+        "audit.change_entry",
+        "audit.delete_entry",
+        "proxy.delete_usagerecord",
+        "providers.change_keyring",
+    ):
+        assert name not in administrator
+    assert of("member") == set()
+
+
+def test_assigning_again_changes_nothing(db: None) -> None:
+    roles.assign_permissions()
+    before = Head.objects.get().seq
+
+    roles.assign_permissions()
+
+    assert Head.objects.get().seq == before
+
+
+def test_a_permission_that_was_taken_away_comes_back_with_the_next_migrate(db: None) -> None:
+    with changes(actor=None, via="system"):
+        Group.objects.get(name="viewer").permissions.clear()
+
+    call_command("migrate", verbosity=0)
+
+    assert Group.objects.get(name="viewer").permissions.filter(codename="view_provider").exists()
+    assert Entry.objects.filter(action="update_group", entity_name="viewer", via="system").exists()
+
+
+def test_a_staff_role_lets_into_the_admin_and_losing_the_last_ends_that(stranger: User) -> None:
+    viewer, operator, member = (Group.objects.get(name=name) for name in ("viewer", "operator", "member"))
+
+    def staff() -> bool:
+        return User.objects.get(pk=stranger.pk).is_staff
+
+    with changes(actor=None, via="system"):
+        stranger.groups.add(member)
+        assert staff() is False
+        stranger.groups.add(viewer, operator)
+        assert staff() is True
+        stranger.groups.remove(viewer)
+        assert staff() is True
+        operator.user_set.remove(stranger)
+        assert staff() is False
+        viewer.user_set.add(stranger)
+        assert staff() is True
+        stranger.groups.clear()
+    assert staff() is False
+
+
+def test_a_superuser_stays_staff(owner: User) -> None:
+    with changes(actor=None, via="system"):
+        owner.groups.add(Group.objects.get(name="viewer"))
+        owner.groups.clear()
+
+    assert User.objects.get(pk=owner.pk).is_staff is True
