@@ -18,18 +18,9 @@ from rest_framework_simplejwt.exceptions import TokenError
 from rest_framework_simplejwt.serializers import TokenRefreshSerializer
 from rest_framework_simplejwt.tokens import RefreshToken
 
-from audit.api_views import OnlyJSON
+from audit.api_views import KnownFields, OnlyJSON
 
 WRONG = "The user name or the password is wrong."
-
-
-class KnownFields(serializers.Serializer[Any]):
-    """Refuses fields that it does not know."""
-
-    def to_internal_value(self, data: Any) -> Any:
-        if isinstance(data, dict) and (unknown := data.keys() - self.fields.keys()):
-            raise serializers.ValidationError({name: ["There is no such field."] for name in unknown})
-        return super().to_internal_value(data)
 
 
 class Login(KnownFields):

@@ -11,6 +11,7 @@ from django.core.exceptions import ValidationError as DjangoValidationError
 from django.db import models
 from django.http import Http404
 from rest_framework import exceptions, serializers, viewsets
+from rest_framework.generics import get_object_or_404
 from rest_framework.negotiation import BaseContentNegotiation
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
@@ -34,6 +35,7 @@ WORDS: Mapping[str, str] = {
 }
 """What REST framework's actions are called in the table of roles."""
 
+UNKNOWN = "There is no such field."
 MAX_INTEGER = 2**31 - 1
 TAG = re.compile(r'(?:W/)?"([^"]*)"')
 
@@ -103,7 +105,7 @@ class Door(viewsets.GenericViewSet[Any]):
 
     def shown(self, row: Any, status: int = 200, **more: Any) -> Response:
         """The row as it is stored now, with its version as ETag."""
-        row = self.get_queryset().get(pk=row.pk)
+        row = get_object_or_404(self.get_queryset(), pk=row.pk)
         return Response({**self.get_serializer(row).data, **more}, status=status, headers=tag_of(row))
 
 
@@ -152,6 +154,15 @@ class Rows(Door):
         return Response(status=204)
 
 
+class KnownFields(serializers.Serializer[Any]):
+    """A body that is not a row: unknown fields are an error, and read-only ones, from an answer sent back, are ignored."""
+
+    def to_internal_value(self, data: Any) -> Any:
+        if isinstance(data, Mapping) and (unknown := data.keys() - self.fields.keys()):
+            raise serializers.ValidationError({name: [UNKNOWN] for name in unknown})
+        return super().to_internal_value(data)
+
+
 class StrictSerializer(serializers.ModelSerializer[Row], Generic[Row]):
     """A serializer for which an unknown field is an error, and so is a read-only one that differs from what is stored.
 
@@ -181,7 +192,7 @@ class StrictSerializer(serializers.ModelSerializer[Row], Generic[Row]):
     def _checked(self, data: dict[str, Any]) -> dict[str, Any]:
         """The data without aliases and unchanged read-only fields."""
         stored = self.to_representation(self.instance) if isinstance(self.instance, models.Model) else {}
-        errors = {name: ["There is no such field."] for name in data if name not in self.fields}
+        errors = {name: [UNKNOWN] for name in data if name not in self.fields}
         for name in [name for name in data if name in self.fields and self.fields[name].read_only]:
             value = data.pop(name)
             out_of_date = bool(stored) and not self.partial and name in self.volatile
@@ -243,12 +254,6 @@ def blaming(field: str) -> Iterator[None]:
         yield
     except DjangoValidationError as error:
         raise serializers.ValidationError({field: error.messages}) from error
-
-
-def or_404(row: Row | None) -> Row:
-    if row is None:
-        raise Http404
-    return row
 
 
 class NotHere(APIView):

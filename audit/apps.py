@@ -9,9 +9,10 @@ class AuditConfig(AppConfig):
     verbose_name = "Audit"
 
     def ready(self) -> None:
-        from audit import receivers
+        from audit import receivers, roles
 
         receivers.connect()
+        roles.connect()
         post_migrate.connect(_prepare, sender=self, dispatch_uid="audit-prepare")
 
 

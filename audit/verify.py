@@ -78,9 +78,7 @@ def missing_triggers() -> list[str]:
     """The triggers that keep the log append-only and are not there."""
     if connection.vendor == "postgresql":
         wanted = {"audit_entry_keep", "audit_entry_keep_all"}
-        query = (
-            "SELECT tgname FROM pg_trigger WHERE tgrelid = 'audit_entry'::regclass AND tgenabled IN ('O', 'A') AND NOT tgisinternal"
-        )
+        query = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'audit_entry'::regclass AND tgenabled IN ('O', 'A') AND NOT tgisinternal"
     else:
         wanted = {"audit_entry_keep_update", "audit_entry_keep_delete"}
         query = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'audit_entry'"
@@ -100,7 +98,11 @@ def head_problem() -> str:
         head.refresh_from_db()
         last = Entry.objects.filter(seq__lte=head.seq).order_by("-seq").first()
     seq, digest = (last.seq, last.hash) if last else (0, GENESIS)
-    return "" if (head.seq, head.hash) == (seq, digest) else f"the head says {head.seq}, but the last entry is {seq}"
+    return (
+        ""
+        if (head.seq, head.hash) == (seq, digest)
+        else f"the head says {head.seq}, but the last entry is {seq}"
+    )
 
 
 # -- anchors -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -52,8 +53,17 @@ async def lifespan(receive: Receive, send: Send) -> None:
             except Exception as error:
                 await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
                 return
+            spare_the_collector()
             await send({"type": "lifespan.startup.complete"})
         else:
             await GATEWAY.stop()
             await send({"type": "lifespan.shutdown.complete"})
             return
+
+
+def spare_the_collector() -> None:
+    """What is there by now stays for ever: without this the garbage collector walks half a million objects of Django for
+    requests that leave no cycles behind, which was a third of a request's CPU time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)

@@ -51,6 +51,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_split = False
         self._head_arrived = 0
         self._feeding = 0
+        self._kept_head = b""
         self._deaf = False  # Whatever arrives from now on is not looked at.
         self._lingering = False
         self._websocket = False
@@ -69,6 +70,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def close(self) -> None:
         """Close after what was written; linger where unread bytes would reset the connection under the answer."""
+        self._flush_head()
         running = self._running
         if self._refused is not None or self.pipeline or (running is not None and running.more_body):
             self._linger()
@@ -77,6 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._since = 0.0
 
     def _linger(self) -> None:
+        self._flush_head()
         self._deaf = self._lingering = True
         self._since = 0.0
         self.pipeline.clear()
@@ -84,11 +87,33 @@ class HttpProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
             self.transport.write_eof()
 
+    # A head goes out together with the first bytes of its body: a write is a system call, and those are what costs.
+
+    def _pass_head(self, data: bytes) -> None:
+        """The write of a new exchange: keep its head; an interim answer is not one."""
+        if data.startswith(b"HTTP/1.1 100 "):
+            self.transport.write(data)
+            return
+        self._kept_head = data
+        self.write = self._write_first  # type: ignore[method-assign]
+
+    def _write_first(self, data: bytes) -> None:
+        """The second write: head and body in one; from now on the transport's own method is called."""
+        head, self._kept_head = self._kept_head, b""
+        self.write = self.transport.write  # type: ignore[method-assign]
+        self.transport.write(head + data)
+
+    def _flush_head(self) -> None:
+        """An answer that ends without a body, or breaks off before it, still has a head."""
+        if self._kept_head and not self.transport.is_closing():
+            self._write_first(b"")
+        self.write = self._pass_head  # type: ignore[method-assign]
+
     # Connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As in uvicorn.
         super().connection_made(transport)
-        self.write = transport.write  # type: ignore[method-assign]  # One call less for every chunk.
+        self.write = self._pass_head  # type: ignore[method-assign]  # No check for every chunk: see there.
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.pipeline.clear()
@@ -255,6 +280,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
         self._since = 0.0
+        self._flush_head()
         if self._lingering or self.transport.is_closing():
             return
         if self.pipeline:
@@ -291,7 +317,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _answer_refusal(self) -> None:
         assert self._refused is not None
         if not self.transport.is_closing():
-            self.write(refusal_response(self._refused, default_headers=self.server_state.default_headers))
+            self.transport.write(refusal_response(self._refused, default_headers=self.server_state.default_headers))
         self._linger()
 
     # Deadlines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from django.contrib.auth.models import AnonymousUser
 from audit.changes import Via, changes, record
 from providers import adapters, errors, keyring, upstream
 from providers.models import ApiKey, Provider, ProviderHealth, UpstreamModel
-from providers.wire import Answer, Credential, Endpoint, Kind, Model
+from providers.wire import Answer, Credential, Endpoint, Kind, Model, WireRequest
 
 MAX_MODELS = 2000
 MAX_NAME = 255
@@ -46,8 +46,17 @@ async def discover(
     kind = adapters.kind(endpoint.kind)
     if kind.models is None:
         raise errors.ProviderError(detail="this kind of provider does not list its models")
-    answer = await upstream.ask(endpoint, kind.models.request(endpoint), credential=credential, timeout=timeout)
+    request = built(kind.models.request, endpoint)
+    answer = await upstream.ask(endpoint, request, credential=credential, timeout=timeout)
     return _read(kind, answer)
+
+
+def built(request: Callable[[Endpoint], WireRequest], endpoint: Endpoint) -> WireRequest:
+    """An adapter's request. A row that was written past the forms may hold no address: DestinationNotAllowed."""
+    try:
+        return request(endpoint)
+    except ValueError as error:
+        raise errors.DestinationNotAllowed(detail="the base URL is no address") from error
 
 
 def listed_in(endpoint: Endpoint, answer: Answer | None) -> tuple[Model, ...]:
@@ -140,7 +149,10 @@ def save_models(provider: Provider, models: Iterable[Model]) -> RefreshResult:
 def _add(provider: Provider, models: list[Model]) -> tuple[str, ...]:
     source = UpstreamModel.Source.DISCOVERED
     UpstreamModel.objects.bulk_create(
-        [UpstreamModel(provider_id=provider.pk, name=model.id, source=source, **_facts(model)) for model in models],
+        [
+            UpstreamModel(provider_id=provider.pk, name=model.id, source=source, **_facts(model))
+            for model in models
+        ],
         batch_size=200,
     )
     return tuple(model.id for model in models)

@@ -89,7 +89,9 @@ class Keyring:
         return Keyring(kid, {**self.keys, kid: secrets.token_bytes(32)}, self.marker)
 
     def without(self, kid: str) -> Keyring:
-        return Keyring(self.primary, {each: key for each, key in self.keys.items() if each != kid}, self.marker)
+        return Keyring(
+            self.primary, {each: key for each, key in self.keys.items() if each != kid}, self.marker
+        )
 
     def seal(self, plaintext: str, *, aad: bytes) -> str:
         nonce = secrets.token_bytes(12)

@@ -29,7 +29,10 @@ def diagnose() -> list[Finding]:
     """Everything that is wrong, nothing when all is well. Raises DatabaseError when the database cannot be read."""
     findings = [Finding(f"setting {problem.name}", problem.hint) for problem in settings.SETTINGS_PROBLEMS]
     findings += _sealed_values()
-    findings += [Finding("audit log", f"the trigger {name} is missing; run manage.py migrate") for name in missing_triggers()]
+    findings += [
+        Finding("audit log", f"the trigger {name} is missing; run manage.py migrate")
+        for name in missing_triggers()
+    ]
     if problem := head_problem():
         findings.append(Finding("audit log", f"{problem}; run manage.py verify_audit"))
     return findings

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
 from asgiref.sync import async_to_sync
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 JITTER = 0.2
 """Part of the interval by which probes are spread, so that those that began together do not stay together."""
+
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
+"""When a new row was due: before any probe of it can have begun."""
 
 MAX_DETAIL = 500
 _PATIENCE = 20
@@ -70,7 +73,9 @@ async def test_endpoint(endpoint: Endpoint, credential: Credential | None, *, ti
     if reading.status == "online":
         try:
             left = max(0.1, timeout - (time.monotonic() - began))
-            found = catalog.listed_in(endpoint, answer) or await catalog.discover(endpoint, credential, timeout=left)
+            found = catalog.listed_in(endpoint, answer) or await catalog.discover(
+                endpoint, credential, timeout=left
+            )
             names = [model.id for model in found]
         except errors.ProviderError as error:
             detail = f"{detail} Its models cannot be listed: {_words(error)}".strip()
@@ -81,7 +86,9 @@ test_endpoint.__test__ = False  # type: ignore[attr-defined]  # not a test, what
 
 
 async def _probe(
-    endpoint: Endpoint, credential: Credential | None, timeout: float  # noqa: ASYNC109 - as for upstream.ask
+    endpoint: Endpoint,
+    credential: Credential | None,
+    timeout: float,  # noqa: ASYNC109 - as for upstream.ask
 ) -> tuple[Reading, Answer | None]:
     began = time.monotonic()
     try:
@@ -91,7 +98,9 @@ async def _probe(
         if kind.local is not None and credential is not None:
             # Nothing is sent, so nobody else would notice that the credential does not open (R06).
             await upstream.open_secret(credential, origin=endpoint.origin)
-        answer = await upstream.ask(endpoint, kind.probe.request(endpoint), credential=credential, timeout=timeout)
+        answer = await upstream.ask(
+            endpoint, catalog.built(kind.probe.request, endpoint), credential=credential, timeout=timeout
+        )
         reading = kind.probe.read(answer)
     except errors.ProviderError as error:
         return reading_of(error), None
@@ -163,7 +172,9 @@ def record(provider_id: int, reading: Reading, *, now: datetime) -> ProviderHeal
             )
         _tell(health, before)
         return health
-    logger.warning("health of provider %s was changed by others all the time; this probe is dropped", provider_id)
+    logger.warning(
+        "health of provider %s was changed by others all the time; this probe is dropped", provider_id
+    )
     return None
 
 
@@ -195,7 +206,7 @@ def _record_override(provider: Provider, old: bool | None, new: bool | None) -> 
 def ensure_rows() -> None:
     """Give every provider its row of health; it is due at once."""
     missing = Provider.objects.filter(health=None).values_list("pk", flat=True)
-    rows = [ProviderHealth(provider_id=pk) for pk in missing]
+    rows = [ProviderHealth(provider_id=pk, next_probe_at=LONG_AGO) for pk in missing]
     ProviderHealth.objects.bulk_create(rows, ignore_conflicts=True)
 
 
@@ -207,7 +218,8 @@ def _row(provider_id: int) -> ProviderHealth | None:
 
 
 def _made(provider_id: int) -> ProviderHealth:
-    ProviderHealth.objects.bulk_create([ProviderHealth(provider_id=provider_id)], ignore_conflicts=True)
+    row = ProviderHealth(provider_id=provider_id, next_probe_at=LONG_AGO)
+    ProviderHealth.objects.bulk_create([row], ignore_conflicts=True)
     return ProviderHealth.objects.select_related("provider").get(pk=provider_id)
 
 
@@ -250,7 +262,9 @@ _WITNESSES = ("last_checked_at", "override", "consecutive_failures", "next_probe
 def _swap(health: ProviderHealth, changes: dict[str, Any]) -> bool:
     """Write `changes` and what follows from them, unless the row is no longer the one that was read."""
     seen = {name: getattr(health, name) for name in _WITNESSES}
-    unchanged = {f"{name}__isnull" if old is None else name: True if old is None else old for name, old in seen.items()}
+    unchanged = {
+        f"{name}__isnull" if old is None else name: True if old is None else old for name, old in seen.items()
+    }
     for name, value in changes.items():
         setattr(health, name, value)
     verdict = _verdict(health)

@@ -95,7 +95,9 @@ def _check_canary(keyring: Keyring, row: KeyringRow) -> None:
     try:
         value = keyring.open(raw(row.canary), aad=crypto.CANARY_AAD)
     except CredentialUnavailable as error:
-        raise WrongEncryptionKey("PENSTOCK_ENCRYPTION_KEY: opens the keyring, but not the canary in it") from error
+        raise WrongEncryptionKey(
+            "PENSTOCK_ENCRYPTION_KEY: opens the keyring, but not the canary in it"
+        ) from error
     if value.reveal() != crypto.CANARY:
         raise WrongEncryptionKey("PENSTOCK_ENCRYPTION_KEY: the canary in the keyring was changed")
 

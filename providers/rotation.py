@@ -111,7 +111,12 @@ def _rewrap_batch(rows: list[ApiKey], failed: list[SealedValue]) -> int:
                 done.append(key.pk)
         if done:
             row = KeyringRow.objects.get()
-            record(row, verb="rewrap", before={}, after={"providers.ApiKey.secret": done, "primary": row.primary_kid})
+            record(
+                row,
+                verb="rewrap",
+                before={},
+                after={"providers.ApiKey.secret": done, "primary": row.primary_kid},
+            )
     return len(done)
 
 
@@ -155,7 +160,9 @@ def status() -> KeyringStatus:
     ring = keyring.current()
     counts = Counter(dict.fromkeys(ring.keys, 0))
     counts.update(keyring.sealed_under(key) for key in _keys())
-    return KeyringStatus(ring.primary, dict(counts), len(KeyringRow.objects.get().wraps), keyring.foreign_wraps())
+    return KeyringStatus(
+        ring.primary, dict(counts), len(KeyringRow.objects.get().wraps), keyring.foreign_wraps()
+    )
 
 
 def values_that_do_not_open() -> list[SealedValue]:

@@ -78,7 +78,9 @@ def purge_history() -> None:
     until = time.monotonic() + RUN_SECONDS
     now = timezone.now()
     while time.monotonic() < until:
-        old = list(HealthCheck.objects.filter(at__lt=now - HISTORY).values_list("pk", flat=True)[:PURGE_BATCH])
+        old = list(
+            HealthCheck.objects.filter(at__lt=now - HISTORY).values_list("pk", flat=True)[:PURGE_BATCH]
+        )
         if not old:
             break
         HealthCheck.objects.filter(pk__in=old).delete()
@@ -146,7 +148,9 @@ def _claim(limit: int) -> list[Claimed]:
         host = _host(row.provider.base_url)
         if host in busy:
             continue
-        mine = ProviderHealth.objects.filter(pk=row.pk, next_probe_at=row.next_probe_at).update(next_probe_at=now + LEASE)
+        mine = ProviderHealth.objects.filter(pk=row.pk, next_probe_at=row.next_probe_at).update(
+            next_probe_at=now + LEASE
+        )
         if mine:
             busy.add(host)
             provider = row.provider
@@ -195,7 +199,9 @@ async def _ask_all(batch: Sequence[Claimed], timeout: float) -> list[Reading | B
 
 def _wants_models(state: ProviderHealth, now: datetime) -> bool:
     """When it just came online (a server may come back with another model), and once an hour, not all at the same minute."""
-    came_back = state.health_status == Verdict.HEALTHY and state.changed_at is not None and state.changed_at >= now
+    came_back = (
+        state.health_status == Verdict.HEALTHY and state.changed_at is not None and state.changed_at >= now
+    )
     name, tick = f"{MODELS_JOB}:{state.pk}", int(now.timestamp() + 61 * state.pk) // MODELS_SECONDS
     due = not JobRun.objects.filter(name=name, tick=tick).exists() and _take(name, tick)
     return came_back or due
@@ -204,7 +210,9 @@ def _wants_models(state: ProviderHealth, now: datetime) -> bool:
 def _learn_models(batch: Sequence[Claimed], timeout: float) -> None:
     for each, found in zip(batch, asyncio.run(_list_all(batch, timeout)), strict=True):
         if isinstance(found, errors.ProviderError):
-            logger.info("models of provider %s cannot be listed: %s", each.endpoint.slug, found.detail or found.text)
+            logger.info(
+                "models of provider %s cannot be listed: %s", each.endpoint.slug, found.detail or found.text
+            )
         elif isinstance(found, BaseException):
             logger.error("models of provider %s cannot be listed", each.endpoint.slug, exc_info=found)
         else:
@@ -216,7 +224,8 @@ def _learn_models(batch: Sequence[Claimed], timeout: float) -> None:
 
 
 async def _list_all(
-    batch: Sequence[Claimed], timeout: float  # noqa: ASYNC109 - as for upstream.ask
+    batch: Sequence[Claimed],
+    timeout: float,  # noqa: ASYNC109 - as for upstream.ask
 ) -> list[tuple[Model, ...] | BaseException]:
     lists = (catalog.discover(each.endpoint, each.credential, timeout=timeout) for each in batch)
     return await asyncio.gather(*lists, return_exceptions=True)

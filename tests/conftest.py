@@ -24,6 +24,12 @@ def django_db_modify_db_settings(django_db_modify_db_settings_parallel_suffix: N
         connections["default"].settings_dict.setdefault("TEST", {})["NAME"] = name
 
 
+@pytest.fixture(autouse=True)
+def _fast_passwords(settings: Any) -> None:
+    """A good hash takes a third of a second, which is its point, and not ours here."""
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
 @pytest.fixture
 def person(db: None) -> Callable[..., User]:
     """Make a user in a role: `person("eve", "viewer")`; no role is a stranger."""

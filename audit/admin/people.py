@@ -39,6 +39,7 @@ admin.site.unregister(Group)
 class PersonAdmin(AuditedAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # Django's class is not generic at run time
     form = PersonForm
     add_form = UserCreationForm
+    add_fieldsets = DjangoUserAdmin.add_fieldsets
     change_password_form = AdminPasswordChangeForm
     list_display = ("username", "email", "roles", "is_active", "is_staff", "is_superuser", "last_login")
     list_filter = ("is_active", "is_staff", "is_superuser", "groups")

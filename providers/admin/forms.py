@@ -18,6 +18,10 @@ from providers.admin.fields import KEY_HELP, HeadersField, LinesField, SecretFie
 from providers.models import ApiKey, Provider, Purpose, UpstreamModel
 
 HELP_FOR_NEW = KEY_HELP.removeprefix("Empty keeps the stored key. ")
+SERVER_ADDRESSES = (
+    "Where the server listens: http://localhost:11434 for Ollama, http://localhost:8000 for vLLM, "
+    "http://localhost:8080 for llama.cpp."
+)
 MOVED = (
     "The keys stored here were given for another address. Enter the API key again, "
     "so that it is not sent to a new place by mistake."
@@ -81,6 +85,22 @@ class ProviderForm(WithSecret):
     class Meta:
         model = Provider
         fields: ClassVar[list[str]] = []
+
+
+class ServerForm(ProviderForm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "base_url" in self.fields:
+            self.fields["base_url"].help_text = SERVER_ADDRESSES
+        if "api_key" in self.fields:
+            self.fields["api_key"].label = "API key (if it wants one)"
+
+
+class VendorForm(ProviderForm):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "base_url" in self.fields and not self.instance.pk:
+            self.fields["base_url"].help_text = "Empty: the vendor's own address."
 
 
 class ApiKeyForm(WithSecret):

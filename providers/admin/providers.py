@@ -15,7 +15,7 @@ from audit.roles import may
 from providers import keys
 from providers.adapters import KINDS, SELF_HOSTED
 from providers.admin.badges import badge, health_badge
-from providers.admin.forms import ProviderForm
+from providers.admin.forms import ServerForm, VendorForm
 from providers.admin.health import HealthViews
 from providers.admin.places import uses_of_providers
 from providers.models import ApiKey, HealthCheck, KeyUse, Provider, ProviderHealth, Server, UpstreamModel
@@ -50,7 +50,6 @@ class HealthFilter(admin.SimpleListFilter):
 class EndpointAdmin(HealthViews, AuditedAdmin):
     """What servers and vendors share."""
 
-    form = ProviderForm
     list_display: Any = (
         "name",
         "health_now",
@@ -137,6 +136,7 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
 
 @admin.register(Server)
 class ServerAdmin(EndpointAdmin):
+    form = ServerForm
     kinds = SELF_HOSTED
     fieldsets = (
         (None, {"fields": ("name", "kind", "base_url", "api_key", "enabled")}),
@@ -158,20 +158,10 @@ class ServerAdmin(EndpointAdmin):
         ),
     )
 
-    def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
-        form = super().get_form(request, obj, change, **kwargs)
-        if "base_url" in form.base_fields:
-            form.base_fields["base_url"].help_text = (
-                "Where the server listens: http://localhost:11434 for Ollama, http://localhost:8000 for vLLM, "
-                "http://localhost:8080 for llama.cpp."
-            )
-        if (key := form.base_fields.get("api_key")) is not None:
-            key.label = "API key (if it wants one)"
-        return form
-
 
 @admin.register(Provider)
 class ProviderAdmin(EndpointAdmin):
+    form = VendorForm
     kinds = frozenset(KINDS) - SELF_HOSTED
     list_display = ("name", "health_now", "models", "stored_keys", "address", "priority")
     fieldsets = (
@@ -196,12 +186,6 @@ class ProviderAdmin(EndpointAdmin):
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
         return () if may(request.user, "allow_private", "write") else ("allow_private",)
-
-    def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
-        form = super().get_form(request, obj, change, **kwargs)
-        if obj is None and "base_url" in form.base_fields:
-            form.base_fields["base_url"].help_text = "Empty: the vendor's own address."
-        return form
 
     def change_view(
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None

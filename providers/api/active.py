@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from django.http import Http404
@@ -11,20 +10,11 @@ from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from audit.api_views import Door, tag_of
+from audit.api_views import Door, KnownFields, tag_of
 from providers.active import MAX_TARGETS, Target, clear_active, set_active
 from providers.models import ActiveProvider, ActiveTarget, ApiKey, Provider, Purpose
 
 TYPES = ("ai_server", "provider", "api_key")
-
-
-class KnownFields(serializers.Serializer[Any]):
-    """Refuses unknown fields; ignores the read-only ones, which an answer that is sent back holds."""
-
-    def to_internal_value(self, data: Any) -> Any:
-        if isinstance(data, Mapping) and (unknown := data.keys() - self.fields.keys()):
-            raise serializers.ValidationError({name: ["There is no such field."] for name in unknown})
-        return super().to_internal_value(data)
 
 
 class TargetSerializer(KnownFields):

@@ -177,6 +177,12 @@ class ServerSerializer(ProviderSerializer[Server]):
         fields: ClassVar[Any] = (*COLUMNS[:4], "server_type", *COLUMNS[4:])
 
 
+class UnsavedSerializer(ProviderSerializer[Provider]):
+    """A provider that is only tried out: it needs no name, and may have that of a stored one."""
+
+    name = serializers.CharField(required=False, max_length=100, default="unsaved")
+
+
 def default_url(kind: str) -> str:
     """The public address of a vendor. Raises ValidationError where there is none to assume."""
     if kind in SELF_HOSTED or not KINDS[kind].base_url:

@@ -14,9 +14,9 @@ from rest_framework.response import Response
 
 from audit import roles
 from audit.api_errors import ip_of, request_id_of
-from audit.api_views import Rows, blaming
+from audit.api_views import KnownFields, Rows, blaming
 from providers import keys
-from providers.api.serializers import ProviderSerializer, ServerSerializer, default_url
+from providers.api.serializers import ProviderSerializer, ServerSerializer, UnsavedSerializer, default_url
 from providers.api.trials import TrialSerializer, try_out, try_stored
 from providers.api.values import ModelSerializer
 from providers.catalog import refresh_models
@@ -38,13 +38,8 @@ class ProviderHealthSerializer(serializers.ModelSerializer[ProviderHealth]):
         read_only_fields: ClassVar[Any] = fields
 
 
-class OverrideSerializer(serializers.Serializer[Any]):
+class OverrideSerializer(KnownFields):
     is_healthy = serializers.BooleanField(allow_null=True, help_text="null lifts the override.")
-
-    def to_internal_value(self, data: Any) -> Any:
-        if isinstance(data, dict) and (unknown := data.keys() - self.fields.keys()):
-            raise serializers.ValidationError({name: ["There is no such field."] for name in unknown})
-        return super().to_internal_value(data)
 
 
 class ModelsSerializer(serializers.Serializer[Any]):
@@ -129,8 +124,8 @@ class VendorsAndServers(Providers):
             set_override(provider, form.validated_data["is_healthy"])
         return self._health(self.get_object())
 
-    @extend_schema(request=ProviderSerializer, responses=TrialSerializer)
-    @action(detail=False, methods=["post"], url_path="test-direct")
+    @extend_schema(responses=TrialSerializer)
+    @action(detail=False, methods=["post"], url_path="test-direct", serializer_class=UnsavedSerializer)
     def test_direct(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Test a provider that is not saved, and save nothing."""
         form: Any = self.get_serializer(data=request.data)

@@ -15,7 +15,7 @@ from rest_framework.response import Response
 
 from audit import roles
 from audit.api_errors import Conflict
-from audit.api_views import Rows, StrictSerializer, word_of
+from audit.api_views import KnownFields, Rows, StrictSerializer, word_of
 from proxy import keys
 from proxy.models import GatewayKey, GatewayKeyUse
 
@@ -90,18 +90,13 @@ class IssuedSerializer(GatewayKeySerializer):
         fields: ClassVar[Any] = (*GatewayKeySerializer.Meta.fields, "key")
 
 
-class RotationSerializer(serializers.Serializer[Any]):
+class RotationSerializer(KnownFields):
     overlap_seconds = serializers.IntegerField(
         required=False,
         min_value=0,
         max_value=MAX_OVERLAP_SECONDS,
         help_text="How long the old secret stays good; a day if left out.",
     )
-
-    def to_internal_value(self, data: Any) -> Any:
-        if isinstance(data, dict) and (unknown := data.keys() - self.fields.keys()):
-            raise serializers.ValidationError({name: ["There is no such field."] for name in unknown})
-        return super().to_internal_value(data)
 
 
 class GatewayKeys(Rows):

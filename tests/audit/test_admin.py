@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from django.contrib import admin
-from django.contrib.auth.models import User
+from django.contrib.auth.models import Group, User
 from django.db import connection
 from django.test import Client
 from django.urls import reverse
@@ -31,12 +31,18 @@ SERVER = {
     "custom_headers": "",
     "metadata": "{}",
 }
+KEY = {"api_key": "sk-forged-123456", "enabled": "on", "weight": "1", "metadata": "{}"}
+PASSWORD = "a rather long passphrase"
 
 
 def as_user(user: User) -> Client:
     client = Client()
     client.force_login(user)
     return client
+
+
+def new_password(word: str) -> dict[str, str]:
+    return {"usable_password": "true", "password1": word, "password2": word}
 
 
 def hidden_fields(html: str) -> dict[str, str]:
@@ -88,7 +94,11 @@ def test_every_list_answers_and_no_page_that_is_only_read_changes_anything(
             continue
         for view, _ in model_admin.object_views:
             row = model._default_manager.first()
-            assert client.get(reverse(f"{name}_{view}", args=[row.pk])).status_code in {200, 302, 404}, view
+            assert client.get(reverse(f"{name}_{view}", args=[getattr(row, "pk", 0)])).status_code in {
+                200,
+                302,
+                404,
+            }, view
     for row in (server, gateway_key, owner, Entry.objects.first()):
         for page in pages_of(row):
             assert client.get(page).status_code in {200, 403}, page
@@ -96,7 +106,9 @@ def test_every_list_answers_and_no_page_that_is_only_read_changes_anything(
     assert Head.objects.get().seq == before
 
 
-def test_a_stranger_and_a_member_do_not_get_in(stranger: User, person: Callable[..., User], server: Server) -> None:
+def test_a_stranger_and_a_member_do_not_get_in(
+    stranger: User, person: Callable[..., User], server: Server
+) -> None:
     for user in (stranger, person("mia", "member")):
         for page in ("/admin/", *pages_of(server)):
             answer = as_user(user).get(page)
@@ -125,13 +137,13 @@ def forged_posts(server: Server, key: GatewayKey) -> list[tuple[str, dict[str, A
         (reverse("admin:providers_server_override", args=[server.pk]), {"decision": "out"}),
         (reverse("admin:providers_server_test", args=[server.pk]), {}),
         (reverse("admin:providers_server_discover", args=[server.pk]), {}),
-        (reverse("admin:providers_apikey_add"), {"provider": server.pk, "name": "f", "api_key": "sk-forged-123456"}),
+        (reverse("admin:providers_apikey_add"), {**KEY, "provider": server.pk, "name": "f"}),
         (reverse("admin:providers_activeprovider_change", args=["chat"]), target),
         (reverse("admin:providers_activeprovider_clear", args=["chat"]), {}),
         (reverse("admin:proxy_gatewaykey_add"), {"name": "forged"}),
         (reverse("admin:proxy_gatewaykey_rotate", args=[key.pk]), {}),
         (reverse("admin:proxy_gatewaykey_revoke", args=[key.pk]), {}),
-        (reverse("admin:auth_user_add"), {"username": "forged", "password1": "x" * 20, "password2": "x" * 20}),
+        (reverse("admin:auth_user_add"), {"username": "forged", **new_password(PASSWORD)}),
     ]
 
 
@@ -176,14 +188,15 @@ def test_r44_a_hidden_column_cannot_be_read_letter_by_letter(
     viewer: User, server: Server, gateway_key: GatewayKey, page: str, lookup: str
 ) -> None:
     client = as_user(viewer)
-    answers = [client.get(reverse(f"admin:{page}_changelist"), {lookup: value}) for value in ("v", "zz", ".*")]
+    answers = [
+        client.get(reverse(f"admin:{page}_changelist"), {lookup: value}) for value in ("v", "zz", ".*")
+    ]
     assert {answer.status_code for answer in answers} == {400}
 
 
 def test_what_a_list_offers_as_a_filter_still_works(owner: User, server: Server) -> None:
     client = as_user(owner)
     keys_page = reverse("admin:providers_apikey_changelist")
-    assert "Box / default" in client.get(keys_page, {"provider__id__exact": server.pk}).content.decode() or True
     assert client.get(keys_page, {"provider__id__exact": server.pk}).context["cl"].result_count == 1
     assert client.get(keys_page, {"enabled__exact": "0"}).context["cl"].result_count == 0
     servers = reverse("admin:providers_server_changelist")
@@ -199,7 +212,10 @@ def test_r08_no_page_ever_shows_a_stored_key(owner: User, server: Server, gatewa
     sealed = str.__str__(key.secret)
     entries = [reverse("admin:audit_entry_change", args=[entry.pk]) for entry in Entry.objects.all()]
     addresses = [page for row in (server, key, gateway_key) for page in pages_of(row)] + entries
-    addresses += [reverse("admin:providers_server_history", args=[server.pk]), reverse("admin:audit_entry_changelist")]
+    addresses += [
+        reverse("admin:providers_server_history", args=[server.pk]),
+        reverse("admin:audit_entry_changelist"),
+    ]
     for address in addresses:
         html = client.get(address, follow=True).content.decode()
         for secret in (CANARY, sealed, str.__str__(gateway_key.hmac)):
@@ -211,7 +227,9 @@ def test_r08_no_page_ever_shows_a_stored_key(owner: User, server: Server, gatewa
 
 
 def test_each_change_is_one_entry_with_its_author_and_address(owner: User) -> None:
-    answer = as_user(owner).post(reverse("admin:providers_server_add"), SERVER, headers={"x-request-id": "req-7"})
+    answer = as_user(owner).post(
+        reverse("admin:providers_server_add"), SERVER, headers={"x-request-id": "req-7"}
+    )
     assert answer.status_code == 302
     entry = Entry.objects.get(action="add_server")
     assert (entry.username, entry.via, entry.ip, entry.request_id) == ("owner", "admin", "127.0.0.1", "req-7")
@@ -223,7 +241,7 @@ def test_deleting_several_at_once_records_each_of_them(owner: User, server: Serv
         other = Server.objects.create(name="Other", kind="vllm", base_url="http://localhost:8000")
     form = {"action": "delete_selected", "_selected_action": [server.pk, other.pk], "index": "0"}
     client, address = as_user(owner), reverse("admin:providers_server_changelist")
-    assert "health check" not in client.post(address, form).content.decode().lower().split("objects</h2>")[-1]
+    assert "Health check: " not in client.post(address, form).content.decode()
     client.post(address, {**form, "post": "yes"})
     assert not Server.objects.exists()
     deleted = set(Entry.objects.filter(action="delete_server").values_list("entity_name", flat=True))
@@ -236,11 +254,18 @@ def test_the_history_of_a_thing_is_what_the_audit_log_says_about_it(owner: User,
     assert [entry.action for entry in page.context["cl"].result_list] == ["add_server"]
 
 
-def test_f40_the_second_of_two_who_save_is_told_who_was_faster(owner: User, operator: User, server: Server) -> None:
+def test_f40_the_second_of_two_who_save_is_told_who_was_faster(
+    owner: User, operator: User, server: Server
+) -> None:
     address = reverse("admin:providers_server_change", args=[server.pk])
     first, second = as_user(operator), as_user(owner)
     opened = hidden_fields(second.get(address).content.decode())
-    assert first.post(address, {**SERVER, **hidden_fields(first.get(address).content.decode()), "priority": "5"}).status_code == 302
+    assert (
+        first.post(
+            address, {**SERVER, **hidden_fields(first.get(address).content.decode()), "priority": "5"}
+        ).status_code
+        == 302
+    )
     answer = second.post(address, {**SERVER, **opened, "priority": "9"})
     assert answer.status_code == 200
     assert "operator changed this at" in answer.content.decode()
@@ -312,12 +337,16 @@ def test_changing_ones_own_password_is_recorded_without_the_password(owner: User
     assert User.objects.get(username="owner").check_password(new)
     entry = Entry.objects.filter(entity_type="user").first()
     assert entry is not None
-    assert (entry.action, entry.username, entry.changes) == ("update_user", "owner", {"password": ["••••", "••••"]})
+    assert (entry.action, entry.username, entry.changes) == (
+        "update_user",
+        "owner",
+        {"password": ["••••", "••••"]},
+    )
 
 
 def test_a_person_is_added_given_a_role_and_a_new_password(owner: User) -> None:
-    client, word = as_user(owner), "a rather long passphrase"
-    add = {"username": "olga", "usable_password": "true", "password1": word, "password2": word}
+    client = as_user(owner)
+    add = {"username": "olga", **new_password(PASSWORD)}
     assert client.post(reverse("admin:auth_user_add"), add).status_code == 302
     olga = User.objects.get(username="olga")
     role = {"username": "olga", "is_active": "on", "groups": [group_id("operator")]}
@@ -325,7 +354,7 @@ def test_a_person_is_added_given_a_role_and_a_new_password(owner: User) -> None:
     olga.refresh_from_db()
     assert olga.is_staff
     assert as_user(olga).get("/admin/").status_code == 200
-    again = {"usable_password": "true", "password1": word[::-1], "password2": word[::-1]}
+    again = new_password(PASSWORD[::-1])
     address = reverse("admin:auth_user_password_change", args=[olga.pk])
     assert client.post(address, again).status_code == 302
     actions = list(Entry.objects.filter(entity_name="olga", via="admin").values_list("action", flat=True))
@@ -333,9 +362,7 @@ def test_a_person_is_added_given_a_role_and_a_new_password(owner: User) -> None:
 
 
 def group_id(name: str) -> int:
-    from django.contrib.auth.models import Group
-
-    return Group.objects.get(name=name).pk
+    return int(Group.objects.get(name=name).pk)
 
 
 def test_only_a_superuser_makes_or_changes_superusers(owner: User, person: Callable[..., User]) -> None:

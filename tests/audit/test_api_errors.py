@@ -11,13 +11,14 @@ import pytest
 from django.contrib.auth.models import User
 from django.core.cache import cache
 from django.core.exceptions import ValidationError
-from django.db import IntegrityError, OperationalError
-from django.test import override_settings
+from django.db import IntegrityError, OperationalError, connection
+from django.test import RequestFactory, override_settings
 from django.urls import include, path
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from audit import api_errors
 from audit.api_views import OnlyJSON
 from audit.changes import AuditUnavailable
 from providers.errors import ConnectFailed, KeyringUnavailable
@@ -111,6 +112,34 @@ def test_an_unknown_path_is_404_in_the_same_shape(debug: bool) -> None:
             response = anybody().get(name)
             assert response.status_code == 404, name
             assert error(response)["code"] == "NOT_FOUND"
+
+
+def test_what_fails_before_a_view_has_the_same_shape_on_the_apis_paths() -> None:
+    response = anybody().get(f"{V1}/health", headers={"Host": "evil.example"})
+
+    assert response.status_code == 400
+    assert error(response)["code"] == "VALIDATION_ERROR"
+    assert "evil" not in response.content.decode()
+
+
+@pytest.mark.parametrize(
+    ("handler", "status", "code"),
+    [
+        (api_errors.bad_request, 400, "VALIDATION_ERROR"),
+        (api_errors.permission_denied, 403, "PERMISSION_DENIED"),
+        (api_errors.not_found, 404, "NOT_FOUND"),
+        (api_errors.server_error, 500, "INTERNAL_ERROR"),
+    ],
+)
+def test_djangos_own_error_pages_are_json_below_api_only(handler: Any, status: int, code: str) -> None:
+    arguments = () if status == 500 else (RuntimeError("secret-canary"),)
+    for place, kind in ((f"{V1}/x", "application/json"), ("/admin/x", "text/html")):
+        request = RequestFactory().get(place)
+        response = handler(request, *arguments)
+        assert response.status_code == status
+        assert response["Content-Type"].startswith(kind)
+        assert "secret-canary" not in response.content.decode()
+    assert json.loads(handler(RequestFactory().get(f"{V1}/x"), *arguments).content)["error"]["code"] == code
 
 
 def test_a_missing_row_is_404(viewer: User) -> None:
@@ -228,6 +257,20 @@ def test_the_callers_request_id_is_kept_if_it_is_well_formed(viewer: User) -> No
 def test_r55_no_answer_may_be_cached(viewer: User) -> None:
     for name in ("servers", "servers/999", "health", "active"):
         assert as_(viewer).get(f"{V1}/{name}")["Cache-Control"] == "no-store"
+
+
+def test_while_the_database_is_away_the_answer_is_503(viewer: User) -> None:
+    client = as_(viewer)
+
+    def away(*args: Any) -> Any:
+        raise OperationalError("could not connect to server at 10.1.2.3")
+
+    with connection.execute_wrapper(away):
+        response = client.get(f"{V1}/servers")
+
+    assert response.status_code == 503
+    assert error(response)["code"] == "SERVICE_UNAVAILABLE"
+    assert "10.1.2.3" not in response.content.decode()
 
 
 # -- throttle ----------------------------------------------------------------------------------------------------------

@@ -107,3 +107,14 @@ def test_r08_the_schema_never_answers_a_secret() -> None:
     for name in ("Server", "Provider", "ApiKey", "GatewayKey"):
         assert not {"api_key", "secret", "hmac", "key", "fingerprint"} & set(schemas[name]["properties"])
     assert "key" in schemas["Issued"]["properties"]
+
+
+def test_the_documentation_has_every_path_and_method() -> None:
+    text = (Path(settings.BASE_DIR) / "docs" / "api.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+
+    for path, methods in yaml.safe_load(generated())["paths"].items():
+        row = next((row for row in rows if f"`{path}`" in row or f" {path}`" in row), "")
+        assert row, path
+        for method in methods:
+            assert method.upper() in row, (method, path)

@@ -68,6 +68,27 @@ def test_a_provider_is_tested_without_being_saved(operator: User, upstream: Upst
     assert KEY not in response.content.decode()
 
 
+def test_what_is_only_tried_out_needs_no_name_and_may_have_a_stored_one(
+    operator: User, upstream: Upstream
+) -> None:
+    client = as_(operator)
+    url = f"{upstream.url}/v1"
+    made = add_server(client, base_url=url)
+
+    for body in ({"base_url": url}, {"base_url": url, "name": made["name"], "slug": made["slug"]}):
+        response = client.post(f"{V1}/providers/test-direct", body)
+        assert response.status_code == 200, response.content
+        assert response.json()["status"] == "online"
+
+
+def test_a_test_reads_no_secret_that_is_kept_elsewhere_for_an_operator(
+    operator: User, upstream: Upstream
+) -> None:
+    body = {"base_url": f"{upstream.url}/v1", "api_key": "env://HOME"}
+
+    assert as_(operator).post(f"{V1}/providers/test-direct", body).status_code == 403
+
+
 def test_a_key_is_tested_and_valid_says_whether_it_is_taken(owner: User, upstream: Upstream) -> None:
     vendor = Provider.objects.get(slug="openai")
     client = as_(owner)

@@ -13,7 +13,9 @@ from audit.verify import verify
 
 
 class Command(BaseCommand):
-    help = "Check every link of the audit log, its head and its anchors. Exits with 1 when something is wrong."
+    help = (
+        "Check every link of the audit log, its head and its anchors. Exits with 1 when something is wrong."
+    )
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("--anchors", type=Path, help="a copy of the anchor file that was kept elsewhere")

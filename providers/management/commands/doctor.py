@@ -27,7 +27,9 @@ class Command(BaseCommand):
         except DatabaseError as error:
             findings = [diagnosis.Finding("database", f"cannot be read: {type(error).__name__}")]
         if options["json"]:
-            self.stdout.write(json.dumps({"ok": not findings, "findings": [asdict(each) for each in findings]}))
+            self.stdout.write(
+                json.dumps({"ok": not findings, "findings": [asdict(each) for each in findings]})
+            )
         else:
             for each in findings:
                 self.stdout.write(str(each))

@@ -19,8 +19,12 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("step", nargs="?", choices=("new", "rewrap", "retire"))
-        parser.add_argument("--status", action="store_true", help="say which keys there are and what they seal")
-        parser.add_argument("--batch", type=int, default=rotation.BATCH, help="values sealed again in one transaction")
+        parser.add_argument(
+            "--status", action="store_true", help="say which keys there are and what they seal"
+        )
+        parser.add_argument(
+            "--batch", type=int, default=rotation.BATCH, help="values sealed again in one transaction"
+        )
 
     def handle(self, *args: Any, step: str | None, status: bool, batch: int, **options: Any) -> None:
         if not step and not status:
@@ -42,7 +46,9 @@ class Command(BaseCommand):
             self._rewrap(batch)
 
     def _rewrap(self, batch: int) -> None:
-        result = rotation.rewrap(batch=batch, tell=lambda count: self.stdout.write(f"{count} values sealed again"))
+        result = rotation.rewrap(
+            batch=batch, tell=lambda count: self.stdout.write(f"{count} values sealed again")
+        )
         for value in result.failed:
             self.stderr.write(f"{value} ({value.key}): {value.problem}")
         if result.failed:
@@ -54,4 +60,6 @@ class Command(BaseCommand):
         for kid, count in found.values.items():
             word = "primary" if kid == found.primary else "older" if kid else "not sealed"
             self.stdout.write(f"data key {kid or '-'} ({word}): {count} values")
-        self.stdout.write(f"wrapped under {found.wraps} encryption keys, {found.foreign} of them not configured here")
+        self.stdout.write(
+            f"wrapped under {found.wraps} encryption keys, {found.foreign} of them not configured here"
+        )

@@ -1,0 +1,59 @@
+"""Rows whose every text is hostile, as somebody who may write names could make them."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from django.utils import timezone
+
+from audit.changes import changes
+from providers import keys as provider_keys
+from providers.models import ApiKey, HealthCheck, Provider, ProviderHealth, UpstreamModel
+from proxy import keys
+from proxy.models import GatewayKey, UsageRecord
+
+
+def fill(texts: Sequence[str]) -> None:
+    with changes(actor=None, via="system"):
+        for number, text in enumerate(texts):
+            provider = Provider.objects.create(
+                name=text,
+                slug=f"hostile-{number}",
+                kind="vllm",
+                base_url=f"http://localhost:{9000 + number}",
+                model_path=text,
+                metadata={text: text},
+            )
+            provider_keys.add(ApiKey(provider=provider, name=text), "sk-hostile-12345678")
+            UpstreamModel.objects.create(provider=provider, name=text, capabilities=[text])
+            key = GatewayKey(name=text, allowed_models=[text])
+            keys.give_secret(key)
+            key.save()
+            _history(provider, text)
+
+
+def _history(provider: Provider, text: str) -> None:
+    now = timezone.now()
+    ProviderHealth.objects.create(
+        provider=provider,
+        health_status="down",
+        is_healthy=False,
+        detail=text,
+        last_checked_at=now,
+        changed_at=now,
+    )
+    HealthCheck.objects.create(provider=provider, status="error", detail=text)
+    UsageRecord.objects.create(
+        id=uuid.uuid4(),
+        request_id=text,
+        created_at=now,
+        gateway_key=text,
+        owner=text,
+        provider=text,
+        requested_model=text,
+        model=text,
+        status="error",
+        error_code=text,
+        trace=[text],
+    )
