@@ -18,7 +18,9 @@ class Head(models.Model):
     hash = models.CharField(max_length=64, default="0" * 64)
 
     class Meta:
-        constraints: ClassVar = [models.CheckConstraint(condition=models.Q(id=1), name="audit_head_is_one_row")]
+        constraints: ClassVar = [
+            models.CheckConstraint(condition=models.Q(id=1), name="audit_head_is_one_row")
+        ]
 
     def __str__(self) -> str:
         return f"{self.seq} {self.hash[:12]}"
@@ -56,7 +58,9 @@ class Entry(models.Model):
         ordering: ClassVar = ["-seq"]
         verbose_name = "audit entry"
         verbose_name_plural = "audit log"
-        indexes: ClassVar = [models.Index(fields=["entity_type", "entity_id", "-seq"], name="audit_entry_entity")]
+        indexes: ClassVar = [
+            models.Index(fields=["entity_type", "entity_id", "-seq"], name="audit_entry_entity")
+        ]
 
     def __str__(self) -> str:
         return f"{self.seq} {self.action} {self.entity_name}"

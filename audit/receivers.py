@@ -19,16 +19,26 @@ BY_SIGNING_IN = frozenset({"last_login", "password"})
 def connect() -> None:
     """Connect every model of AUDIT_WATCH, its proxies, and the through tables of its many-to-many fields."""
     watched = {apps.get_model(label) for label in settings.AUDIT_WATCH}
-    proxies = {model for model in apps.get_models() if model._meta.proxy and model._meta.concrete_model in watched}
+    proxies = {
+        model for model in apps.get_models() if model._meta.proxy and model._meta.concrete_model in watched
+    }
     for model in watched | proxies:
-        signals.pre_save.connect(before_save, sender=model, dispatch_uid=f"audit-before-save-{model._meta.label}")
-        signals.post_save.connect(after_save, sender=model, dispatch_uid=f"audit-after-save-{model._meta.label}")
-        signals.pre_delete.connect(before_delete, sender=model, dispatch_uid=f"audit-delete-{model._meta.label}")
+        signals.pre_save.connect(
+            before_save, sender=model, dispatch_uid=f"audit-before-save-{model._meta.label}"
+        )
+        signals.post_save.connect(
+            after_save, sender=model, dispatch_uid=f"audit-after-save-{model._meta.label}"
+        )
+        signals.pre_delete.connect(
+            before_delete, sender=model, dispatch_uid=f"audit-delete-{model._meta.label}"
+        )
     for model in watched:
         for relation in model._meta.many_to_many:
             through = relation.remote_field.through
             signals.m2m_changed.connect(
-                members_changed, sender=through, dispatch_uid=f"audit-members-{model._meta.label}-{relation.name}"
+                members_changed,
+                sender=through,
+                dispatch_uid=f"audit-members-{model._meta.label}-{relation.name}",
             )
 
 

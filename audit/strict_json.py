@@ -32,7 +32,9 @@ def loads(body: bytes) -> Any:
     """The value of the document. Raises StrictJSONError."""
     _check_size(body)
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+        value = json.loads(
+            body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float
+        )
     except UnicodeDecodeError as error:
         raise StrictJSONError("The body is not UTF-8.") from error
     except RecursionError as error:

@@ -50,7 +50,7 @@ async def lifespan(receive: Receive, send: Send) -> None:
         if message["type"] == "lifespan.startup":
             try:
                 await GATEWAY.start()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # whatever it is, it is told in one line and nothing is served
                 await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
                 return
             spare_the_collector()

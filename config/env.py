@@ -76,7 +76,9 @@ class Reader:
         return self.read(name, default, _flag, "write true or false")
 
     def whole(self, name: str, default: int, *, least: int = 0, most: int = 2**31 - 1) -> int:
-        return self.read(name, default, _between(int, least, most), f"write a whole number from {least} to {most}")
+        return self.read(
+            name, default, _between(int, least, most), f"write a whole number from {least} to {most}"
+        )
 
     def seconds(self, name: str, default: float, *, least: float = 0.01, most: float = 86400) -> float:
         hint = f"write a number of seconds from {least:g} to {most:g}"
@@ -100,7 +102,9 @@ class Reader:
         return self.read(name, cast(default), cast, "write networks like 10.0.0.0/8, separated by commas")
 
     def origins(self, name: str) -> list[str]:
-        return self.read(name, [], _origins, "write origins like https://app.example.com, separated by commas")
+        return self.read(
+            name, [], _origins, "write origins like https://app.example.com, separated by commas"
+        )
 
     def key(self, name: str) -> bytes:
         """Base64url of at least 32 random bytes, decoded; empty when missing or wrong (which is a problem)."""
@@ -113,7 +117,8 @@ class Reader:
     def peppers(self, name: str) -> dict[int, bytes]:
         """`number:base64url` pairs separated by commas; the highest number is used for new keys."""
         hint = "write number:base64url of at least 32 random bytes, separated by commas"
-        value = self.read(name, {}, _peppers, hint)
+        none: dict[int, bytes] = {}
+        value = self.read(name, none, _peppers, hint)
         if not value and not any(problem.name == name for problem in self.problems):
             self.wrong(name, f"is missing; {hint}")
         return value
@@ -158,7 +163,11 @@ def _origins(text: str) -> list[str]:
     origins = [word.rstrip("/") for word in _words(text)]
     for origin in origins:
         parts = urlsplit(origin)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or origin != f"{parts.scheme}://{parts.netloc}":
+        if (
+            parts.scheme not in {"http", "https"}
+            or not parts.hostname
+            or origin != f"{parts.scheme}://{parts.netloc}"
+        ):
             raise ValueError
     return origins
 

@@ -317,7 +317,9 @@ class HttpProtocol(HttpToolsProtocol):
     def _answer_refusal(self) -> None:
         assert self._refused is not None
         if not self.transport.is_closing():
-            self.transport.write(refusal_response(self._refused, default_headers=self.server_state.default_headers))
+            self.transport.write(
+                refusal_response(self._refused, default_headers=self.server_state.default_headers)
+            )
         self._linger()
 
     # Deadlines

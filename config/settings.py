@@ -39,7 +39,10 @@ DEBUG = env.flag("DEBUG", False)
 if _public.scheme not in {"http", "https"} or not _public.hostname:
     env.wrong("PUBLIC_URL", "write the address people use, like https://llm.example.com")
 if not HTTPS and not _LOOPBACK and not ALLOW_INSECURE_HTTP:
-    env.wrong("HOST", "plain http beyond loopback sends keys in clear; set PUBLIC_URL to https or ALLOW_INSECURE_HTTP=true")
+    env.wrong(
+        "HOST",
+        "plain http beyond loopback sends keys in clear; set PUBLIC_URL to https or ALLOW_INSECURE_HTTP=true",
+    )
 if DEBUG and not _LOOPBACK:
     env.wrong("DEBUG", "write false: debug pages must not be reachable from other machines")
 
@@ -51,7 +54,10 @@ def _signing_key(name: str) -> str:
     value = env.text(name)
     if len(value) >= 50 and len(set(value)) >= 5 and not value.startswith("django-insecure-"):
         return value
-    env.wrong(name, "write at least 50 random characters" if value else "is missing; write at least 50 random characters")
+    env.wrong(
+        name,
+        "write at least 50 random characters" if value else "is missing; write at least 50 random characters",
+    )
     return secrets.token_urlsafe(64)
 
 
@@ -59,7 +65,10 @@ SECRET_KEY = _signing_key("SECRET_KEY")
 JWT_SIGNING_KEY = _signing_key("JWT_SIGNING_KEY")
 PENSTOCK_ENCRYPTION_KEY = env.key("PENSTOCK_ENCRYPTION_KEY")
 PENSTOCK_NEW_ENCRYPTION_KEY = env.read(
-    "PENSTOCK_NEW_ENCRYPTION_KEY", b"", key_from_text, "write base64url of at least 32 random bytes, or leave it out"
+    "PENSTOCK_NEW_ENCRYPTION_KEY",
+    b"",
+    key_from_text,
+    "write base64url of at least 32 random bytes, or leave it out",
 )
 PENSTOCK_PEPPERS = env.peppers("PENSTOCK_PEPPERS")
 PENSTOCK_GATEWAY_KEY = env.text("PENSTOCK_GATEWAY_KEY")
@@ -158,7 +167,9 @@ def _database(url: str) -> dict[str, Any]:
     elif config["ENGINE"] == "django.db.backends.postgresql":
         # One stuck lock or query must never hold a worker (F25); a vanished server is noticed by TCP keep-alives.
         options.setdefault("options", "-c lock_timeout=3000 -c statement_timeout=15000")
-        options.update(connect_timeout=3, keepalives=1, keepalives_idle=5, keepalives_interval=2, keepalives_count=3)
+        options.update(
+            connect_timeout=3, keepalives=1, keepalives_idle=5, keepalives_interval=2, keepalives_count=3
+        )
         options["pool"] = {
             "min_size": min(DATABASE_POOL_MIN, DATABASE_POOL_MAX),
             "max_size": DATABASE_POOL_MAX,
@@ -172,7 +183,10 @@ def _database(url: str) -> dict[str, Any]:
 _sqlite = f"sqlite:///{DATA_DIR / 'penstock.sqlite3'}"
 DATABASES = {
     "default": env.read(
-        "DATABASE_URL", _database(_sqlite), _database, "write sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME"
+        "DATABASE_URL",
+        _database(_sqlite),
+        _database,
+        "write sqlite:///PATH or postgresql://USER:PASSWORD@HOST:PORT/NAME",
     )
 }
 ATOMIC_REQUESTS = False
@@ -193,7 +207,12 @@ CELERY_BROKER_TRANSPORT_OPTIONS: dict[str, Any] = (
     # Longer than the hard time limit, so that a message is only handed out again when its worker is dead.
     {"visibility_timeout": 120, "socket_timeout": 10, "socket_connect_timeout": 3, "socket_keepalive": True}
     if REDIS_URL
-    else {"data_folder_in": _queue, "data_folder_out": _queue, "control_folder": _queue, "polling_interval": 0.1}
+    else {
+        "data_folder_in": _queue,
+        "data_folder_out": _queue,
+        "control_folder": _queue,
+        "polling_interval": 0.1,
+    }
 )
 CELERY_TASK_ACKS_LATE = True
 CELERY_TASK_REJECT_ON_WORKER_LOST = True
@@ -208,7 +227,11 @@ CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True
 CELERY_BEAT_SCHEDULE_FILENAME = str(DATA_DIR / "beat-schedule")
 CELERY_BEAT_SCHEDULE = {
     "probe-due": {"task": "providers.tasks.probe_due", "schedule": 1.0, "options": {"expires": 30}},
-    "purge-history": {"task": "providers.tasks.purge_history", "schedule": 3600.0, "options": {"expires": 1800}},
+    "purge-history": {
+        "task": "providers.tasks.purge_history",
+        "schedule": 3600.0,
+        "options": {"expires": 1800},
+    },
     "anchor-head": {"task": "audit.tasks.anchor_head", "schedule": 60.0, "options": {"expires": 50}},
 }
 

@@ -12,9 +12,9 @@ import contextlib
 import functools
 import socket
 import ssl
-from contextvars import ContextVar
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast

@@ -96,7 +96,9 @@ def disable_left_behind(provider: Provider, *, but: ApiKey) -> None:
 
 def _free_name(provider: Provider) -> str:
     taken = set(provider.keys.values_list("name", flat=True))
-    return next(name for name in (DEFAULT_NAME, *(f"{DEFAULT_NAME} {n}" for n in range(2, 1000))) if name not in taken)
+    return next(
+        name for name in (DEFAULT_NAME, *(f"{DEFAULT_NAME} {n}" for n in range(2, 1000))) if name not in taken
+    )
 
 
 def _aad(key: ApiKey, provider: Provider) -> bytes:

@@ -75,10 +75,12 @@ class Attempt:
                 }
             )
         except SpoolUnavailable as error:
-            raise UsageLogUnavailable() from error
+            raise UsageLogUnavailable from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         if self.settled:
             return
         if error is None:
@@ -99,7 +101,12 @@ class Attempt:
         return round((time.monotonic() - self.began) * 1000)
 
     def settle(
-        self, status: str, *, error_code: str = "", http_status: int | None = None, client_disconnected: bool = False
+        self,
+        status: str,
+        *,
+        error_code: str = "",
+        http_status: int | None = None,
+        client_disconnected: bool = False,
     ) -> None:
         """Write the final record. Never raises and never waits: the spool keeps what the disk refuses."""
         self.settled = True

@@ -75,14 +75,14 @@ def authenticate(text: str, callers: Mapping[str, Caller], peppers: Mapping[int,
     """
     parts = keys.parse(text) if len(text) <= MAX_KEY else None
     if parts is None:
-        raise InvalidApiKey()
+        raise InvalidApiKey
     caller = callers.get(parts.key_id)
     now = time.time()
     if caller is None:
         hmac.compare_digest(keys.digest(parts.secret, _ABSENT_PEPPER), _ABSENT_DIGEST)
-        raise InvalidApiKey()
+        raise InvalidApiKey
     if not _matches(caller, parts.secret, peppers, now) or caller.expired(now):
-        raise InvalidApiKey()
+        raise InvalidApiKey
     return caller
 
 
@@ -99,7 +99,7 @@ def _matches(caller: Caller, secret: str, peppers: Mapping[int, bytes], now: flo
 def check_address(caller: Caller, address: str) -> None:
     """AddressNotAllowed when the key is bound to networks and `address` is in none of them."""
     if caller.allowed_networks and not _inside(address, caller.allowed_networks):
-        raise AddressNotAllowed()
+        raise AddressNotAllowed
 
 
 @lru_cache(maxsize=4096)

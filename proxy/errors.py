@@ -1,16 +1,16 @@
 """What we ourselves refuse on the data plane, as one tree; what providers do wrong is in providers.errors.
 
-    GatewayError
-    ├── InvalidRequest          400; InvalidJson
-    ├── InvalidApiKey           401
-    ├── AddressNotAllowed       403 by address
-    ├── ModelNotAllowed         403 by the key's scope
-    ├── NotFound                404; ModelNotFound
-    ├── RequestTimeout          408
-    ├── RequestTooLarge         413
-    ├── UnsupportedMediaType    415
-    ├── RateLimited             429; ConcurrencyLimited
-    └── Unavailable             503: NoProviderAvailable, UsageLogUnavailable, ShuttingDown, Overloaded, KeyRevoked (in a stream)
+GatewayError
+├── InvalidRequest          400; InvalidJson
+├── InvalidApiKey           401
+├── AddressNotAllowed       403 by address
+├── ModelNotAllowed         403 by the key's scope
+├── NotFound                404; ModelNotFound
+├── RequestTimeout          408
+├── RequestTooLarge         413
+├── UnsupportedMediaType    415
+├── RateLimited             429; ConcurrencyLimited
+└── Unavailable             503: NoProviderAvailable, UsageLogUnavailable, ShuttingDown, Overloaded, KeyRevoked (in a stream)
 """
 
 from __future__ import annotations

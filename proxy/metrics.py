@@ -11,7 +11,9 @@ from providers.wire import Usage
 if TYPE_CHECKING:
     from proxy.gateway import Gateway
 
-ATTEMPTS = Counter("penstock_attempts_total", "Attempts at providers, by how they ended.", ["provider", "status"])
+ATTEMPTS = Counter(
+    "penstock_attempts_total", "Attempts at providers, by how they ended.", ["provider", "status"]
+)
 REFUSED = Counter("penstock_refused_total", "Requests refused before any provider was dialled.", ["code"])
 TOKENS = Counter("penstock_tokens_total", "Tokens, as counted or estimated.", ["provider", "direction"])
 FIRST_TOKEN = Histogram(
@@ -22,10 +24,16 @@ FIRST_TOKEN = Histogram(
 )
 DECRYPT_FAILURES = Counter("credential_decrypt_failures_total", "Secrets that could not be opened.")
 RUNNING = Gauge("penstock_requests_running", "Requests that run now.", multiprocess_mode="livesum")
-SILENCE = Gauge("penstock_database_silence_seconds", "Since the database last answered.", multiprocess_mode="livemax")
+SILENCE = Gauge(
+    "penstock_database_silence_seconds", "Since the database last answered.", multiprocess_mode="livemax"
+)
 CONFIG = Gauge("penstock_config_version", "The configuration in use.", multiprocess_mode="livemin")
-LIMITS_LOCAL = Gauge("penstock_limits_local", "1 while limits are kept by the process alone.", multiprocess_mode="livemax")
-SPOOL_TROUBLE = Gauge("penstock_spool_trouble", "1 while the usage log cannot be written.", multiprocess_mode="livemax")
+LIMITS_LOCAL = Gauge(
+    "penstock_limits_local", "1 while limits are kept by the process alone.", multiprocess_mode="livemax"
+)
+SPOOL_TROUBLE = Gauge(
+    "penstock_spool_trouble", "1 while the usage log cannot be written.", multiprocess_mode="livemax"
+)
 
 
 def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage) -> None:

@@ -41,7 +41,9 @@ async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
     caller = admit(gateway, request)
     running = gateway.registry.enter(caller, request.id)
     try:
-        async with gateway.limits.hold(caller, member=request.id, tokens=request.length // BYTES_PER_TOKEN) as held:
+        async with gateway.limits.hold(
+            caller, member=request.id, tokens=request.length // BYTES_PER_TOKEN
+        ) as held:
             body = await request.body()
             async with request.left(running):
                 await relay.run(gateway, prepare(gateway, running, held, body), sink)
@@ -60,14 +62,14 @@ def admit(gateway: Gateway, request: Request) -> Caller:
     """401, then 403 by address; while the database is long away, 503, and an unknown key may exist after all."""
     watcher = gateway.watcher
     if not watcher.usable:
-        raise ConfigurationUnavailable()
+        raise ConfigurationUnavailable
     try:
         key = auth.presented_key(request.headers)
         caller = auth.authenticate(key, watcher.snapshot.callers, settings.PENSTOCK_PEPPERS)
     except InvalidApiKey:
         if watcher.fresh or not auth.well_formed(key):
             raise
-        raise ConfigurationUnavailable() from None
+        raise ConfigurationUnavailable from None
     auth.check_address(caller, request.address)
     return caller
 

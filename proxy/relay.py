@@ -139,7 +139,7 @@ async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
             finally:
                 reply.close()
     except TimeoutError as error:
-        raise UpstreamTimeout() from error
+        raise UpstreamTimeout from error
     attempt.usage = chat.read_completion(body).usage
     attempt.bytes_out = len(body)
     attempt.settle("success", http_status=reply.status)
@@ -267,7 +267,9 @@ def _note_failure(gateway: Gateway, candidate: Candidate, error: ProviderError) 
 
 def _verdict(failures: list[ProviderError]) -> ProviderError:
     """One error for all candidates: 429 and 404 only when every one said so, else the last that is neither."""
-    others = [error for error in failures if not isinstance(error, UpstreamRateLimited | UpstreamModelNotFound)]
+    others = [
+        error for error in failures if not isinstance(error, UpstreamRateLimited | UpstreamModelNotFound)
+    ]
     if others:
         return others[-1]
     limited = [error for error in failures if isinstance(error, UpstreamRateLimited)]

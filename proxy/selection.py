@@ -50,18 +50,30 @@ def plan(
 ) -> Plan:
     """The candidates in order. Raises ModelNotFound, ModelNotAllowed, NoProviderAvailable or CredentialMissing."""
     route, choices = resolve(snapshot, purpose=purpose, model=model, provider_id=provider_id)
-    named = [(snapshot.upstreams[choice.provider_id], choice) for choice in choices if choice.provider_id in snapshot.upstreams]
+    named = [
+        (snapshot.upstreams[choice.provider_id], choice)
+        for choice in choices
+        if choice.provider_id in snapshot.upstreams
+    ]
     if not named:
         raise NoProviderAvailable("The provider for this is disabled.")
     _check_scope(caller, model, named[0][0].slug, named[0][1].model)
-    able = [(upstream, choice) for upstream, choice in named if upstream.kind.chat is not None and choice.model]
+    able = [
+        (upstream, choice) for upstream, choice in named if upstream.kind.chat is not None and choice.model
+    ]
     candidates, trace = _weathered(able, conditions)
     if not candidates:
-        raise CredentialMissing() if trace and all("no usable key" in line for line in trace) else NoProviderAvailable()
+        raise (
+            CredentialMissing()
+            if trace and all("no usable key" in line for line in trace)
+            else NoProviderAvailable()
+        )
     return Plan(route, model, tuple(candidates), tuple(trace))
 
 
-def resolve(snapshot: Snapshot, *, purpose: str, model: str, provider_id: str) -> tuple[str, Sequence[Choice]]:
+def resolve(
+    snapshot: Snapshot, *, purpose: str, model: str, provider_id: str
+) -> tuple[str, Sequence[Choice]]:
     """The rules of the contract, first match wins: (the rule's name, choices with their upstream models)."""
     if provider_id:
         found = _by_id(snapshot, provider_id)
@@ -72,13 +84,17 @@ def resolve(snapshot: Snapshot, *, purpose: str, model: str, provider_id: str) -
     if slash and rest and slug in snapshot.by_slug:
         return f"provider:{slug}", [Choice(snapshot.by_slug[slug], rest)]
     if model:
-        ids = [each for each in snapshot.catalogue.get(model, ()) if purpose in snapshot.upstreams[each].purposes]
+        ids = [
+            each for each in snapshot.catalogue.get(model, ()) if purpose in snapshot.upstreams[each].purposes
+        ]
         if not ids:
             raise ModelNotFound(f"No provider has the model {model[:128]}.", param="model")
         return "catalogue", [Choice(each, model) for each in ids]
     chosen = snapshot.active.get(purpose, ())
     if not chosen:
-        raise ModelNotFound(f"No provider is active for {purpose}; name a model, or make one active.", param="model")
+        raise ModelNotFound(
+            f"No provider is active for {purpose}; name a model, or make one active.", param="model"
+        )
     return f"active:{purpose}", [_with_model(snapshot, choice, purpose) for choice in chosen]
 
 

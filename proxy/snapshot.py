@@ -160,7 +160,11 @@ def _credentials() -> Mapping[int, list[Credential]]:
 
 def _models() -> Mapping[int, list[tuple[str, frozenset[str]]]]:
     models: defaultdict[int, list[tuple[str, frozenset[str]]]] = defaultdict(list)
-    rows = UpstreamModel.objects.filter(enabled=True).order_by("id").values_list("provider_id", "name", "purposes")
+    rows = (
+        UpstreamModel.objects.filter(enabled=True)
+        .order_by("id")
+        .values_list("provider_id", "name", "purposes")
+    )
     for provider_id, name, purposes in rows.iterator():
         models[provider_id].append((name, frozenset(purposes)))
     return models

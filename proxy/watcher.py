@@ -131,7 +131,9 @@ class Watcher:
                 failing = False
             except Exception as error:
                 if not failing:
-                    logger.warning("configuration is served from memory: %s", type(error).__name__, exc_info=error)
+                    logger.warning(
+                        "configuration is served from memory: %s", type(error).__name__, exc_info=error
+                    )
                 failing = True
                 _drop_connection()
         _drop_connection()

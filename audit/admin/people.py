@@ -77,7 +77,7 @@ class PersonAdmin(AuditedAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # D
         above = isinstance(obj, User) and obj.is_superuser and not request.user.is_superuser
         return not above and super().has_delete_permission(request, obj)
 
-    def user_change_password(self, request: HttpRequest, id: str, form_url: str = "") -> Any:  # noqa: A002 - Django's
+    def user_change_password(self, request: HttpRequest, id: str, form_url: str = "") -> Any:
         view = super().user_change_password
         if request.method != "POST":
             return view(request, id, form_url)

@@ -25,7 +25,9 @@ class ActiveProvider(Versioned):
     class Meta:
         ordering: ClassVar = ["id"]
         constraints: ClassVar = [
-            models.CheckConstraint(condition=models.Q(purpose__in=Purpose.values), name="active_purpose_is_known")
+            models.CheckConstraint(
+                condition=models.Q(purpose__in=Purpose.values), name="active_purpose_is_known"
+            )
         ]
 
     def __str__(self) -> str:
@@ -42,10 +44,17 @@ class ActiveTarget(models.Model):
     position = models.PositiveSmallIntegerField()
     provider = models.ForeignKey(Provider, on_delete=models.PROTECT, related_name="active_targets")
     api_key = models.ForeignKey(
-        ApiKey, on_delete=models.PROTECT, null=True, blank=True, related_name="active_targets", verbose_name="API key",
+        ApiKey,
+        on_delete=models.PROTECT,
+        null=True,
+        blank=True,
+        related_name="active_targets",
+        verbose_name="API key",
         help_text="Empty: all keys of the provider.",
     )
-    model = models.CharField(max_length=255, blank=True, help_text="Empty: the model asked for, else the first.")
+    model = models.CharField(
+        max_length=255, blank=True, help_text="Empty: the model asked for, else the first."
+    )
 
     class Meta:
         ordering: ClassVar = ["active", "position"]
@@ -62,6 +71,10 @@ class ActiveTarget(models.Model):
 
     def audit_identity(self) -> Identity:
         return Identity(
-            "active_provider", self.active.purpose, str(self.active), "active", verb="set",
+            "active_provider",
+            self.active.purpose,
+            str(self.active),
+            "active",
+            verb="set",
             prefix=f"targets.{self.position}.",
         )

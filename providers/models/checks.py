@@ -12,8 +12,27 @@ from django.core.exceptions import ValidationError
 NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
 VALUE = re.compile(r"[\x20-\x7e\xa1-\xff]{0,8192}")
 FORBIDDEN = frozenset(
-    "host content-length transfer-encoding connection upgrade te trailer keep-alive authorization proxy-authorization "
-    "proxy-connection cookie set-cookie expect accept-encoding content-type x-api-key api-key x-goog-api-key".split()
+    [
+        "host",
+        "content-length",
+        "transfer-encoding",
+        "connection",
+        "upgrade",
+        "te",
+        "trailer",
+        "keep-alive",
+        "authorization",
+        "proxy-authorization",
+        "proxy-connection",
+        "cookie",
+        "set-cookie",
+        "expect",
+        "accept-encoding",
+        "content-type",
+        "x-api-key",
+        "api-key",
+        "x-goog-api-key",
+    ]
 )
 MAX_HEADERS = 32
 MAX_METADATA = 16_384

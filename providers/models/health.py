@@ -33,11 +33,15 @@ class Verdict(models.TextChoices):
 class ProviderHealth(models.Model):
     """The present state of a provider. Routing obeys `is_healthy`."""
 
-    provider = models.OneToOneField(Provider, on_delete=models.CASCADE, related_name="health", primary_key=True)
+    provider = models.OneToOneField(
+        Provider, on_delete=models.CASCADE, related_name="health", primary_key=True
+    )
     status = models.CharField(max_length=16, choices=Status, default=Status.UNKNOWN)
     health_status = models.CharField(max_length=16, choices=Verdict, default=Verdict.UNKNOWN)
     is_healthy = models.BooleanField(default=True)
-    override = models.BooleanField(null=True, blank=True, help_text="Set by a person; empty: the probes decide.")
+    override = models.BooleanField(
+        null=True, blank=True, help_text="Set by a person; empty: the probes decide."
+    )
     consecutive_failures = models.PositiveIntegerField(default=0)
     status_code = models.PositiveIntegerField(null=True, blank=True)
     latency_ms = models.FloatField(null=True, blank=True)
@@ -80,7 +84,9 @@ class KeyUse(models.Model):
     tokens_used = models.BigIntegerField(default=0)
     cost_nanodollars = models.BigIntegerField(default=0)
     last_used_at = models.DateTimeField(null=True, blank=True)
-    rejected_at = models.DateTimeField(null=True, blank=True, help_text="When the provider last refused this key.")
+    rejected_at = models.DateTimeField(
+        null=True, blank=True, help_text="When the provider last refused this key."
+    )
 
     def __str__(self) -> str:
         return f"{self.api_key}: {self.requests_count} requests"
@@ -94,7 +100,9 @@ class JobRun(models.Model):
     started_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
-        constraints: ClassVar = [models.UniqueConstraint(fields=["name", "tick"], name="job_run_once_per_tick")]
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["name", "tick"], name="job_run_once_per_tick")
+        ]
 
     def __str__(self) -> str:
         return f"{self.name} {self.tick}"

@@ -19,7 +19,9 @@ from providers.fields import SealedField, raw
 from providers.models.checks import check_ca, check_headers, check_metadata
 from providers.own_addresses import own_places
 
-SLUG = RegexValidator(r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$", "Use lower-case letters, digits, '-', '_' and '.'.")
+SLUG = RegexValidator(
+    r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$", "Use lower-case letters, digits, '-', '_' and '.'."
+)
 SECONDS: dict[str, Any] = {"null": True, "blank": True, "validators": [MinValueValidator(0.01)]}
 
 
@@ -55,16 +57,23 @@ class Provider(Versioned):
     base_url = models.CharField("base URL", max_length=500)
     custom_headers = models.JSONField(default=dict, blank=True, validators=[check_headers])
     enabled = models.BooleanField(default=True)
-    priority = models.IntegerField(default=100, help_text="Lower is tried first when several have the same model.")
+    priority = models.IntegerField(
+        default=100, help_text="Lower is tried first when several have the same model."
+    )
     use_for_chat = models.BooleanField("chat", default=True)
     use_for_embeddings = models.BooleanField("embeddings", default=False)
     use_for_reranking = models.BooleanField("reranking", default=False)
-    model_path = models.CharField(max_length=500, blank=True, help_text="A note: where the server's model files are.")
+    model_path = models.CharField(
+        max_length=500, blank=True, help_text="A note: where the server's model files are."
+    )
     allow_private = models.BooleanField(
         "allow private addresses", default=False, help_text="Lets a vendor's address be on a private network."
     )
     ca_pem = models.TextField(
-        "CA certificate", blank=True, validators=[check_ca], help_text="PEM of a private certificate authority."
+        "CA certificate",
+        blank=True,
+        validators=[check_ca],
+        help_text="PEM of a private certificate authority.",
     )
     connect_timeout_seconds = models.FloatField(**SECONDS)
     first_token_timeout_seconds = models.FloatField(**SECONDS)
@@ -80,7 +89,8 @@ class Provider(Versioned):
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["name"], name="provider_name_is_unique"),
             models.CheckConstraint(
-                condition=models.Q(base_url__startswith="http://") | models.Q(base_url__startswith="https://"),
+                condition=models.Q(base_url__startswith="http://")
+                | models.Q(base_url__startswith="https://"),
                 name="provider_base_url_is_http",
             ),
             models.CheckConstraint(condition=~models.Q(slug=""), name="provider_has_a_slug"),
@@ -151,7 +161,9 @@ def free_slug(name: str, kind: str) -> str:
     """A slug made of the name that no provider has yet."""
     base = slugify(name)[:55] or slugify(kind)
     taken = set(Provider.objects.filter(slug__startswith=base).values_list("slug", flat=True))
-    return next(slug for slug in (base, *(f"{base}-{n}" for n in range(2, len(taken) + 3))) if slug not in taken)
+    return next(
+        slug for slug in (base, *(f"{base}-{n}" for n in range(2, len(taken) + 3))) if slug not in taken
+    )
 
 
 class ServerManager(models.Manager["Server"]):
@@ -162,7 +174,7 @@ class ServerManager(models.Manager["Server"]):
 class Server(Provider):
     """A provider that we run ourselves: vLLM, Ollama, llama.cpp or anything OpenAI-compatible."""
 
-    objects: ClassVar[ServerManager] = ServerManager()  # type: ignore[assignment]
+    objects: ClassVar[ServerManager] = ServerManager()
 
     class Meta:
         proxy = True
@@ -199,10 +211,14 @@ class ApiKey(Versioned):
         constraints: ClassVar = [
             models.UniqueConstraint(fields=["provider", "name"], name="api_key_name_is_unique_per_provider"),
             models.UniqueConstraint(
-                fields=["provider"], condition=models.Q(is_default=True), name="api_key_one_default_per_provider"
+                fields=["provider"],
+                condition=models.Q(is_default=True),
+                name="api_key_one_default_per_provider",
             ),
             models.CheckConstraint(condition=models.Q(weight__gte=1), name="api_key_weight_is_positive"),
-            models.CheckConstraint(condition=models.Q(last4="") | ~models.Q(secret=""), name="api_key_has_a_secret"),
+            models.CheckConstraint(
+                condition=models.Q(last4="") | ~models.Q(secret=""), name="api_key_has_a_secret"
+            ),
         ]
 
     def __str__(self) -> str:
@@ -218,7 +234,11 @@ class ApiKey(Versioned):
 
     def credential(self) -> wire.Credential:
         return wire.Credential(
-            key_id=self.pk or 0, uid=str(self.uid), name=self.name, stored=raw(self.secret), weight=self.weight
+            key_id=self.pk or 0,
+            uid=str(self.uid),
+            name=self.name,
+            stored=raw(self.secret),
+            weight=self.weight,
         )
 
 

@@ -44,7 +44,11 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 JSON = (b"content-type", b"application/json")
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
 # Answers belong to one caller, and a proxy in front must not collect a stream before passing it on.
-ALWAYS = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"), (b"x-content-type-options", b"nosniff"))
+ALWAYS = (
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+    (b"x-content-type-options", b"nosniff"),
+)
 
 
 class HttpRequest:
@@ -61,22 +65,22 @@ class HttpRequest:
         """The whole body. Raises UnsupportedMediaType, RequestTooLarge, RequestTimeout."""
         limit = settings.MAX_REQUEST_BYTES
         if self.length > limit:
-            raise RequestTooLarge()
+            raise RequestTooLarge
         if _header(self.headers, b"content-encoding") not in {"", "identity"}:
-            raise UnsupportedMediaType()
+            raise UnsupportedMediaType
         kind = _header(self.headers, b"content-type").partition(";")[0].strip().lower()
         if kind != "application/json":
-            raise UnsupportedMediaType()
+            raise UnsupportedMediaType
         parts: list[bytes] = []
         size = 0
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise RequestTimeout()
+                raise RequestTimeout
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > limit:
-                raise RequestTooLarge()
+                raise RequestTooLarge
             if not message.get("more_body"):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -127,7 +131,9 @@ class HttpSink:
     async def end(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data})
 
-    async def answer(self, body: bytes, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+    async def answer(
+        self, body: bytes, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
         await self._start(status, [JSON, (b"content-length", str(len(body)).encode()), *headers])
         await self.end(body)
 
@@ -145,7 +151,9 @@ class HttpSink:
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.begun = True
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, *self._shared]})
+        await self._send(
+            {"type": "http.response.start", "status": status, "headers": [*headers, *self._shared]}
+        )
 
 
 class DataPlaneConsumer(AsyncConsumer):
@@ -165,7 +173,7 @@ class DataPlaneConsumer(AsyncConsumer):
             return
         try:
             if scope["method"] not in {self.method, "HEAD" if self.method == "GET" else ""}:
-                raise MethodNotAllowed()
+                raise MethodNotAllowed
             await self.serve(scope, request, sink)
         except (GatewayError, ProviderError) as error:
             await sink.fail(error)
@@ -175,7 +183,7 @@ class DataPlaneConsumer(AsyncConsumer):
             await sink.fail(GatewayError())
 
     async def serve(self, scope: Scope, request: HttpRequest, sink: HttpSink) -> None:
-        raise NotFound()
+        raise NotFound
 
 
 class ChatConsumer(DataPlaneConsumer):
@@ -211,7 +219,7 @@ class NothingConsumer(DataPlaneConsumer):
         request = HttpRequest(scope, receive)
         try:
             pipeline.admit(self.gateway, request)
-            raise NotFound()
+            raise NotFound
         except GatewayError as error:
             await HttpSink(scope, send, request.id).fail(error)
 

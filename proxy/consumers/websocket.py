@@ -170,7 +170,9 @@ class Conversation:
         elif id in self._requests:
             await self._complain(id, "invalid_request", "A request with this id is running.")
         elif len(self._requests) >= MAX_REQUESTS:
-            await self._complain(id, "concurrency_limit_exceeded", "Too many requests run on this socket.", 429)
+            await self._complain(
+                id, "concurrency_limit_exceeded", "Too many requests run on this socket.", 429
+            )
         else:
             self._begin(id, frame)
 
@@ -250,11 +252,11 @@ class _Opening:
 
 def with_offered_key(scope: Scope) -> list[tuple[bytes, bytes]]:
     """The handshake's headers, with the key that a browser can only offer as a subprotocol."""
-    headers = [pair for pair in scope["headers"] if pair[0] in auth.CARRIERS]
-    for offered in scope.get("subprotocols") or []:
-        if offered.startswith(KEY_PROTOCOL):
-            headers.append((b"x-api-key", offered.removeprefix(KEY_PROTOCOL).encode("latin-1", "replace")))
-    return headers
+    offered = [each for each in scope.get("subprotocols") or [] if each.startswith(KEY_PROTOCOL)]
+    return [
+        *(pair for pair in scope["headers"] if pair[0] in auth.CARRIERS),
+        *((b"x-api-key", each.removeprefix(KEY_PROTOCOL).encode("latin-1", "replace")) for each in offered),
+    ]
 
 
 async def refuse(send: Send, error: GatewayError) -> None:
@@ -275,5 +277,3 @@ def usage_of(attempt: Attempt | None) -> dict[str, int]:
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
     }
-
-

@@ -84,7 +84,12 @@ def error(status: int, code: str, message: str, request_id: str, param: str | No
     """The body of an error answer."""
     return orjson.dumps(
         {
-            "error": {"message": message, "type": TYPES.get(status, "server_error"), "param": param, "code": code},
+            "error": {
+                "message": message,
+                "type": TYPES.get(status, "server_error"),
+                "param": param,
+                "code": code,
+            },
             "request_id": request_id,
         }
     )

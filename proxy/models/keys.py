@@ -19,7 +19,9 @@ LIMIT: dict[str, Any] = {"null": True, "blank": True, "validators": [MinValueVal
 
 
 def check_models(names: Any) -> None:
-    if not isinstance(names, list) or not all(isinstance(name, str) and 0 < len(name) <= 255 for name in names):
+    if not isinstance(names, list) or not all(
+        isinstance(name, str) and 0 < len(name) <= 255 for name in names
+    ):
         raise ValidationError("Write a list of model names; * stands for anything.")
 
 
@@ -91,7 +93,9 @@ class GatewayKey(Versioned):
 class GatewayKeyUse(models.Model):
     """When a key was last used; written at most once a minute by the drainer."""
 
-    gateway_key = models.OneToOneField(GatewayKey, on_delete=models.CASCADE, related_name="use", primary_key=True)
+    gateway_key = models.OneToOneField(
+        GatewayKey, on_delete=models.CASCADE, related_name="use", primary_key=True
+    )
     last_used_at = models.DateTimeField(null=True, blank=True)
     requests_count = models.BigIntegerField(default=0)
 

@@ -50,7 +50,10 @@ def stream(gateway: Gateway, key: str, name: str, **more: Any) -> str:
         with (
             gateway.client(key) as client,
             client.stream(
-                "POST", "/v1/chat/completions", json={**HELLO, "stream": True, **more}, headers={"x-request-id": name}
+                "POST",
+                "/v1/chat/completions",
+                json={**HELLO, "stream": True, **more},
+                headers={"x-request-id": name},
             ) as response,
         ):
             for part in response.iter_text():
@@ -115,9 +118,17 @@ def test_f19_without_redis_requests_are_served_and_readiness_says_so() -> None:
                 assert client.post("/v1/chat/completions", json=HELLO).status_code == 200
                 took.append(time.monotonic() - began)
             assert max(took) < 1
-            wait(lambda: "away" in client.get("/readyz").json()["details"]["redis"], "readiness does not tell", 10)
+            wait(
+                lambda: "away" in client.get("/readyz").json()["details"]["redis"],
+                "readiness does not tell",
+                10,
+            )
             valkey.resume()
-            wait(lambda: client.get("/readyz").json()["details"]["redis"] == "ok", "Redis is not found again", 15)
+            wait(
+                lambda: client.get("/readyz").json()["details"]["redis"] == "ok",
+                "Redis is not found again",
+                15,
+            )
 
 
 def test_f39_edits_under_load_reach_requests_and_fail_none() -> None:
@@ -193,7 +204,11 @@ def test_a_server_that_dies_is_down_soon_the_fallback_serves_and_it_comes_back()
         killed = time.monotonic()
         assert answered_by() == "fallback"
         # The command that asks takes a second or two of its own on a busy machine.
-        wait(lambda: verdict() == "down", gateway.logs()[-3000:], (threshold + 1) * interval * 1.2 + timeout + 5)
+        wait(
+            lambda: verdict() == "down",
+            gateway.logs()[-3000:],
+            (threshold + 1) * interval * 1.2 + timeout + 5,
+        )
         assert answered_by() == "fallback"
         assert time.monotonic() - killed < 30
 
@@ -205,7 +220,13 @@ def test_a_server_that_dies_is_down_soon_the_fallback_serves_and_it_comes_back()
 def forms(secret: str) -> list[bytes]:
     """A secret in the forms it could leak in."""
     raw = secret.encode()
-    return [raw, base64.b64encode(raw).rstrip(b"=")[:-2], raw.hex().encode(), quote(secret, safe="").encode(), raw[::-1]]
+    return [
+        raw,
+        base64.b64encode(raw).rstrip(b"=")[:-2],
+        raw.hex().encode(),
+        quote(secret, safe="").encode(),
+        raw[::-1],
+    ]
 
 
 def test_r01_no_secret_is_anywhere_but_where_it_is_used() -> None:

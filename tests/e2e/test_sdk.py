@@ -19,7 +19,10 @@ HELLO: Any = [{"role": "user", "content": "Say something"}]
 TOOLS: Any = [
     {
         "type": "function",
-        "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+        "function": {
+            "name": "weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
     }
 ]
 
@@ -55,7 +58,11 @@ def test_a_completion(client: openai.OpenAI) -> None:
 def test_a_stream_with_usage(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
-            model="local/tiny", messages=HELLO, max_tokens=8, stream=True, stream_options={"include_usage": True}
+            model="local/tiny",
+            messages=HELLO,
+            max_tokens=8,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -69,7 +76,9 @@ def test_a_stream_without_usage_has_none(client: openai.OpenAI) -> None:
 
 
 async def test_the_asynchronous_client(gateway: Gateway, key: str) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=30) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{gateway.url}/v1", api_key=key, max_retries=0, timeout=30
+    ) as client:
         whole = await client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4)
         assert whole.choices[0].message.content
         stream = await client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=6, stream=True)
@@ -124,14 +133,22 @@ def test_models_and_errors_as_the_client_expects_them(gateway: Gateway, client: 
         client.chat.completions.create(model="tiny", messages=[])
     assert wrong.value.param == "messages"
     with pytest.raises(openai.BadRequestError) as long:
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "word " * 20_000}], max_tokens=4)
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "word " * 20_000}], max_tokens=4
+        )
     assert long.value.code == "context_length_exceeded"
 
 
-def test_every_answer_has_its_record_with_the_providers_numbers(gateway: Gateway, client: openai.OpenAI) -> None:
+def test_every_answer_has_its_record_with_the_providers_numbers(
+    gateway: Gateway, client: openai.OpenAI
+) -> None:
     headers = {"x-request-id": "ledger-1"}
     client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=5, extra_headers=headers)
-    list(client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=7, stream=True, extra_headers=headers))
+    list(
+        client.chat.completions.create(
+            model="tiny", messages=HELLO, max_tokens=7, stream=True, extra_headers=headers
+        )
+    )
 
     deadline = time.monotonic() + 20
     while len(found := [r for r in records(gateway, "success") if r["request_id"] == "ledger-1"]) < 2:

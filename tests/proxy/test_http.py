@@ -17,7 +17,9 @@ from tests.support.upstream import Upstream
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
-def post(house: House, body: bytes | dict[str, Any], key: str | None = None, **headers: str) -> httpx.Response:
+def post(
+    house: House, body: bytes | dict[str, Any], key: str | None = None, **headers: str
+) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"Authorization": f"Bearer {key or house.key}", "Content-Type": "application/json", **headers}
     return httpx.post(f"{house.url}/v1/chat/completions", content=content, headers=sent, timeout=30)
@@ -34,13 +36,23 @@ def test_a_key_is_taken_from_any_of_its_headers(pair: House, header: str) -> Non
     assert response.status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/chat/completions/", "/api/v1/chat/completions", "/api/v1/chat/completions/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/chat/completions",
+        "/v1/chat/completions/",
+        "/api/v1/chat/completions",
+        "/api/v1/chat/completions/",
+    ],
+)
 def test_every_spelling_of_the_path_answers_without_a_redirect(pair: House, path: str) -> None:
     response = httpx.post(f"{pair.url}{path}", json=HELLO, headers={"x-api-key": pair.key})
     assert response.status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/nothing", "/api/v1/rerank", "/v1/messages/count_tokens", "/v1"])
+@pytest.mark.parametrize(
+    "path", ["/v1/embeddings", "/v1/nothing", "/api/v1/rerank", "/v1/messages/count_tokens", "/v1"]
+)
 def test_a_path_that_is_not_there_is_not_found(pair: House, path: str) -> None:
     response = httpx.post(f"{pair.url}{path}", json=HELLO, headers={"x-api-key": pair.key})
     assert code(response) == (404, "not_found")
@@ -56,11 +68,23 @@ def test_other_paths_are_the_control_planes(pair: House) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["", "Bearer", "Basic {key}", "bearer  {key}", "Bearer {swapped}", "{key}", "Bearer ' OR '1'='1", "Bearer {cut}", "Bearer {stranger}"],
+    [
+        "",
+        "Bearer",
+        "Basic {key}",
+        "bearer  {key}",
+        "Bearer {swapped}",
+        "{key}",
+        "Bearer ' OR '1'='1",
+        "Bearer {cut}",
+        "Bearer {stranger}",
+    ],
 )
 def test_r12_anything_but_the_key_itself_is_401(house: House, value: str) -> None:
     key = house.key
-    filled = value.format(key=key, swapped=key.swapcase(), cut=key[:-1], stranger=keys.compose("0" * 10, "0" * 32))
+    filled = value.format(
+        key=key, swapped=key.swapcase(), cut=key[:-1], stranger=keys.compose("0" * 10, "0" * 32)
+    )
     began = time.monotonic()
 
     response = httpx.post(f"{house.url}/v1/chat/completions", json=HELLO, headers={"Authorization": filled})
@@ -82,7 +106,10 @@ def test_a_key_in_the_address_is_no_key(house: House) -> None:
 
 
 def test_an_expired_key_is_401(house: House) -> None:
-    assert code(post(house, HELLO, house.issue("old", expires_at=time.time() - 1))) == (401, "invalid_api_key")
+    assert code(post(house, HELLO, house.issue("old", expires_at=time.time() - 1))) == (
+        401,
+        "invalid_api_key",
+    )
 
 
 def test_r10_what_is_stored_of_a_key_does_not_open_anything(house: House) -> None:
@@ -100,7 +127,9 @@ def test_a_key_bound_to_networks_is_403_from_elsewhere(pair: House) -> None:
     assert code(post(pair, HELLO, outside)) == (403, "ip_not_allowed")
 
 
-def test_a_key_bound_to_models_is_403_for_others_but_its_fallbacks_are_allowed(pair: House, upstream: Upstream) -> None:
+def test_a_key_bound_to_models_is_403_for_others_but_its_fallbacks_are_allowed(
+    pair: House, upstream: Upstream
+) -> None:
     from tests.support import answers
 
     key = pair.issue("narrow", allowed_models=("first/*",))
@@ -233,7 +262,13 @@ class Wire:
 
 
 def head(house: House, key: str, *more: str) -> bytes:
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", f"Authorization: Bearer {key}", "Content-Type: application/json", *more]
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: localhost",
+        f"Authorization: Bearer {key}",
+        "Content-Type: application/json",
+        *more,
+    ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
@@ -271,8 +306,14 @@ def test_models_are_those_that_the_key_may_call(pair: House) -> None:
     narrow = pair.issue("narrow", allowed_models=("second/*",))
     some = httpx.get(f"{pair.url}/api/v1/models/", headers={"x-api-key": narrow}).json()
     assert {each["id"] for each in some["data"]} == {"big", "second/big"}
-    assert code(httpx.get(f"{pair.url}/v1/models/first/tiny", headers={"x-api-key": narrow})) == (404, "model_not_found")
-    assert httpx.get(f"{pair.url}/v1/models/second/big", headers={"x-api-key": narrow}).json()["id"] == "second/big"
+    assert code(httpx.get(f"{pair.url}/v1/models/first/tiny", headers={"x-api-key": narrow})) == (
+        404,
+        "model_not_found",
+    )
+    assert (
+        httpx.get(f"{pair.url}/v1/models/second/big", headers={"x-api-key": narrow}).json()["id"]
+        == "second/big"
+    )
 
 
 def test_models_need_a_key(pair: House) -> None:
@@ -300,4 +341,4 @@ def test_a_well_formed_request_id_is_kept_and_another_is_replaced(pair: House) -
     assert post(pair, HELLO, **{"x-request-id": "order-17.a"}).headers["x-request-id"] == "order-17.a"
     for odd in ("a b", "x" * 129, "<script>"):
         assert post(pair, HELLO, **{"x-request-id": odd}).headers["x-request-id"] != odd
-    assert [record["request_id"] for record in pair.records(4)][0] == "order-17.a"
+    assert next(record["request_id"] for record in pair.records(4)) == "order-17.a"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -18,7 +19,11 @@ assert CHAT is not None
 
 def event(delta: dict[str, Any] | None, *, finish: str | None = None, index: int = 0, **more: Any) -> bytes:
     choices = [] if delta is None else [{"index": index, "delta": delta, "finish_reason": finish}]
-    return b"data: " + json.dumps({"id": "c1", "choices": choices, **more}, ensure_ascii=False).encode() + b"\n\n"
+    return (
+        b"data: "
+        + json.dumps({"id": "c1", "choices": choices, **more}, ensure_ascii=False).encode()
+        + b"\n\n"
+    )
 
 
 ROLE = event({"role": "assistant", "content": ""})
@@ -43,7 +48,7 @@ def feed(one: AnswerReader, parts: list[bytes]) -> bytes:
 def test_any_cutting_gives_the_same_bytes_the_same_usage_and_the_same_end(cuts: set[int]) -> None:
     bounds = [0, *sorted(cuts), len(WHOLE)]
     one = reader()
-    out = feed(one, [WHOLE[a:b] for a, b in zip(bounds, bounds[1:], strict=False)])
+    out = feed(one, [WHOLE[a:b] for a, b in itertools.pairwise(bounds)])
     assert one.complete and one.done and one.failure is None
     assert out + one.last_bytes() == EXPECTED + DONE
     assert one.usage is not None and (one.usage.prompt, one.usage.completion) == (3, 6)
@@ -55,7 +60,11 @@ def test_a_stream_that_ends_early_is_never_complete_unless_it_said_so(end: int) 
     one = reader()
     out = one.feed(WHOLE[:end])
     out += one.ended()
-    if FINISH in WHOLE[:end] + b"\n\n" or WHOLE[:end].endswith(FINISH.rstrip()) or FINISH.rstrip() in WHOLE[:end]:
+    if (
+        FINISH in WHOLE[:end] + b"\n\n"
+        or WHOLE[:end].endswith(FINISH.rstrip())
+        or FINISH.rstrip() in WHOLE[:end]
+    ):
         assert one.complete
     else:
         assert one.failure is not None and not one.complete
@@ -88,7 +97,9 @@ def test_every_choice_has_to_finish() -> None:
     assert one.complete
 
 
-@pytest.mark.parametrize("broken", [b"data: {oops\n\n", b"data: \xff\xfe\n\n", b"data: [1]\n\n", b"garbage: x\ndata: nope\n\n"])
+@pytest.mark.parametrize(
+    "broken", [b"data: {oops\n\n", b"data: \xff\xfe\n\n", b"data: [1]\n\n", b"garbage: x\ndata: nope\n\n"]
+)
 def test_what_came_before_garbage_is_released_and_the_garbage_is_not(broken: bytes) -> None:
     one = reader()
     out = one.feed(ROLE + WORDS[0] + WORDS[1] + broken + WORDS[2])
@@ -97,7 +108,9 @@ def test_what_came_before_garbage_is_released_and_the_garbage_is_not(broken: byt
 
 
 def test_words_about_errors_and_usage_are_only_words() -> None:
-    tricky = event({"content": '{"error": {"code": 1}, "usage": {"prompt_tokens": 1}, "finish_reason": "stop"} [DONE]'})
+    tricky = event(
+        {"content": '{"error": {"code": 1}, "usage": {"prompt_tokens": 1}, "finish_reason": "stop"} [DONE]'}
+    )
     one = reader()
     assert one.feed(ROLE + tricky + WORDS[0]) == ROLE + tricky + WORDS[0]
     assert one.failure is None and not one.complete and one.usage is None

@@ -43,7 +43,11 @@ def test_a_stream_arrives_byte_for_byte_and_ends_with_done(pair: House, upstream
     assert events(response)[-1] == "[DONE]"
     record = pair.records()[0]
     assert record["status"] == "success"
-    assert (record["prompt_tokens"], record["completion_tokens"], record["tokens_source"]) == (7, 7, "provider")
+    assert (record["prompt_tokens"], record["completion_tokens"], record["tokens_source"]) == (
+        7,
+        7,
+        "provider",
+    )
 
 
 def test_a_plain_answer_is_passed_on_as_it_is(pair: House, upstream: Upstream) -> None:
@@ -156,7 +160,10 @@ def _plain_with_short_patience(pair: House) -> httpx.Response:
     return pair.ask(None)
 
 
-@pytest.mark.parametrize("fault", [faults.headers_then_silence(), faults.late_first_token(20), faults.done_first(), faults.error_in_200()])
+@pytest.mark.parametrize(
+    "fault",
+    [faults.headers_then_silence(), faults.late_first_token(20), faults.done_first(), faults.error_in_200()],
+)
 def test_f05_and_f02_a_stream_that_never_begins_is_taken_over(
     pair: House, upstream: Upstream, fault: Any
 ) -> None:
@@ -269,7 +276,9 @@ def test_a_refused_key_is_marked_and_the_provider_is_not_blamed(pair: House, ups
 
 
 @pytest.mark.parametrize("k", range(1, 6))
-@pytest.mark.parametrize("fault", [faults.reset_after, faults.unterminated_after, faults.closed_after, faults.ended_after])
+@pytest.mark.parametrize(
+    "fault", [faults.reset_after, faults.unterminated_after, faults.closed_after, faults.ended_after]
+)
 def test_f04_a_stream_that_breaks_ends_with_exactly_one_error(
     pair: House, upstream: Upstream, fallback: Upstream, fault: Any, k: int
 ) -> None:
@@ -358,7 +367,9 @@ def test_r30_an_endless_body_is_refused(pair: House, upstream: Upstream) -> None
 
 
 @pytest.mark.parametrize(
-    "fault", [faults.no_done(), faults.finished_then(), answers.ok(done=False)], ids=["no done", "reset", "plain end"]
+    "fault",
+    [faults.no_done(), faults.finished_then(), answers.ok(done=False)],
+    ids=["no done", "reset", "plain end"],
 )
 def test_a_stream_with_a_finish_reason_is_complete_whatever_follows(
     pair: House, upstream: Upstream, fault: Any
@@ -379,7 +390,9 @@ def test_an_unknown_finish_reason_is_passed_on_as_it_is(pair: House, upstream: U
 
     told = events(pair.ask(None, stream=True))
 
-    assert [c["finish_reason"] for e in told[:-1] for c in e["choices"] if c.get("finish_reason")] == ["cosmic_ray"]
+    assert [c["finish_reason"] for e in told[:-1] for c in e["choices"] if c.get("finish_reason")] == [
+        "cosmic_ray"
+    ]
 
 
 def test_tool_calls_are_content(pair: House, upstream: Upstream) -> None:
@@ -439,7 +452,11 @@ def test_f14_leaving_before_the_first_byte_stops_the_provider_too(pair: House, u
     upstream.ledger.wait_for(lambda ledger: ledger.last.closed_by_peer_at, timeout=1)
 
     record = pair.records()[0]
-    assert (record["status"], record["tokens_source"], record["prompt_tokens"]) == ("client_disconnected", "none", 0)
+    assert (record["status"], record["tokens_source"], record["prompt_tokens"]) == (
+        "client_disconnected",
+        "none",
+        0,
+    )
 
 
 def test_a_revoked_key_ends_its_running_stream_with_an_error(pair: House, upstream: Upstream) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
 
-def route_of(house: House, model: str | None = None, **body: object) -> tuple[str, str, str]:
+def route_of(house: House, model: str | None = None, **body: Any) -> tuple[str, str, str]:
     response = house.ask(model, **body)
     assert response.status_code == 200, response.text
     return (

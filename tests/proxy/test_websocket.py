@@ -18,9 +18,14 @@ HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 def dial(house: House, *, key: str | None = None, path: str = "/ws/chat", **options: Any) -> ClientConnection:
     headers = {} if key == "" else {"Authorization": f"Bearer {key or house.key}"}
-    return connect(
-        f"ws://127.0.0.1:{house.port}{path}", additional_headers=headers, compression=None, proxy=None, **options
+    socket: ClientConnection = connect(
+        f"ws://127.0.0.1:{house.port}{path}",
+        additional_headers=headers,
+        compression=None,
+        proxy=None,
+        **options,
     )
+    return socket
 
 
 def frames_of(socket: ClientConnection, id: str | None) -> list[dict[str, Any]]:
@@ -46,14 +51,16 @@ def test_a_request_streams_as_frames_and_ends_with_its_usage(pair: House, path: 
 
     text = "".join(c["delta"].get("content") or "" for f in frames[:-1] for c in f["data"]["choices"])
     assert text == "".join(answers.words(5))
-    assert frames[-1] == {"id": "r1", "type": "done", "usage": {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11}} or (
-        frames[-1]["type"] == "done" and frames[-1]["usage"]["completion_tokens"] == 5
-    )
+    assert frames[-1] == {
+        "id": "r1",
+        "type": "done",
+        "usage": {"prompt_tokens": 6, "completion_tokens": 5, "total_tokens": 11},
+    } or (frames[-1]["type"] == "done" and frames[-1]["usage"]["completion_tokens"] == 5)
     assert pair.records()[0]["status"] == "success"
 
 
 def test_a_browser_offers_its_key_as_a_subprotocol_and_it_is_never_echoed(pair: House) -> None:
-    with dial(pair, key="", subprotocols=["penstock.v1", f"penstock.key.{pair.key}"]) as socket:  # type: ignore[list-item]
+    with dial(pair, key="", subprotocols=["penstock.v1", f"penstock.key.{pair.key}"]) as socket:
         assert socket.subprotocol == "penstock.v1"
         ask(socket, "r1")
         assert frames_of(socket, "r1")[-1]["type"] == "done"
@@ -145,7 +152,11 @@ def test_a_bad_request_is_an_error_with_its_id(pair: House) -> None:
     with dial(pair) as socket:
         socket.send(json.dumps({"id": "r1", "messages": []}))
         error = json.loads(socket.recv(timeout=5))
-        assert (error["id"], error["error"]["code"], error["error"]["param"]) == ("r1", "invalid_request", "messages")
+        assert (error["id"], error["error"]["code"], error["error"]["param"]) == (
+            "r1",
+            "invalid_request",
+            "messages",
+        )
 
 
 def test_r38_a_frame_above_one_mebibyte_closes_1009(pair: House) -> None:
