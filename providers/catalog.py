@@ -126,14 +126,10 @@ def save_models(provider: Provider, models: Iterable[Model]) -> RefreshResult:
     if not listed and not provider.self_hosted:
         return RefreshResult()
     stored = {row.name: row for row in UpstreamModel.objects.filter(provider=provider)}
-    result = RefreshResult(
-        models=tuple(listed.values()),
-        added=_add(provider, [model for name, model in listed.items() if name not in stored]),
-        removed=_remove([row for name, row in stored.items() if name not in listed]),
-        updated=(),
-    )
+    added = _add(provider, [model for name, model in listed.items() if name not in stored])
+    removed = _remove([row for name, row in stored.items() if name not in listed])
     before, after = _update([(stored[name], model) for name, model in listed.items() if name in stored])
-    result = RefreshResult(result.models, result.added, tuple(after), result.removed)
+    result = RefreshResult(tuple(listed.values()), added, tuple(after), removed)
     if result.changed:
         record(
             provider,
