@@ -279,10 +279,13 @@ def test_f26_a_folder_that_cannot_be_made_is_reported_and_refuses(tmp_path: Path
 def test_the_thread_rotates_while_the_event_loop_writes(tmp_path: Path) -> None:
     spool = Spool(tmp_path, segment_seconds=0, tick_seconds=0.001)
     spool.run()
-    expected = [new_attempt_id() for _ in range(5_000)]
-    for key in expected:
-        spool.start(a_start(key))
-        spool.finish(a_final(key))
+    expected: list[str] = []
+    deadline = time.monotonic() + 20
+    while len(expected) < 5_000 or len(list(tmp_path.iterdir())) < 4:
+        assert time.monotonic() < deadline, "the thread does not rotate"
+        expected.append(new_attempt_id())
+        spool.start(a_start(expected[-1]))
+        spool.finish(a_final(expected[-1]))
     spool.close()
     read = contents(tmp_path)
     assert len(read) > 2
