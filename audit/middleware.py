@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 from collections.abc import Callable
 
 import structlog
@@ -16,7 +16,7 @@ def request_id_from(given: str | None) -> str:
     """The caller's id when it is 1-128 letters, digits or `._:-`, else a fresh one."""
     if given and WELL_FORMED.fullmatch(given):
         return given
-    return uuid.uuid4().hex
+    return secrets.token_hex(16)
 
 
 class RequestIdMiddleware:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import hmac
 import json
@@ -107,7 +108,7 @@ class Keyring:
             raise CredentialUnavailable(detail="sealed under a key that is not in the keyring")
         try:
             data = _unb64(blob)
-            return Secret(AESGCM(key).decrypt(data[:12], data[12:], aad).decode())
+            return Secret(_cipher(key).decrypt(data[:12], data[12:], aad).decode())
         except (InvalidTag, ValueError, binascii.Error) as error:
             raise CredentialUnavailable(detail="the sealed value was changed or belongs elsewhere") from error
 
@@ -151,6 +152,12 @@ def unwrap(stored: Wrap, encryption_key: bytes) -> Keyring | None:
         return Keyring(content["primary"], keys, marker)
     except (InvalidTag, ValueError, KeyError, StopIteration, binascii.Error):
         return None
+
+
+@functools.lru_cache(maxsize=32)
+def _cipher(key: bytes) -> AESGCM:
+    """The cipher of a data key, whose key schedule is worth keeping; the data keys are in memory anyway."""
+    return AESGCM(key)
 
 
 _keyring: Keyring | None = None

@@ -59,8 +59,11 @@ async def stream(
     policy = await _policy(endpoint, kind, request)
     headers, secret = await _sealed_up(endpoint, kind, request, credential)
     try:
-        async with asyncio.timeout(headers_timeout):
+        if headers_timeout is None:
             response = await _dial(sessions, endpoint, policy, request, headers)
+        else:
+            async with asyncio.timeout(headers_timeout):
+                response = await _dial(sessions, endpoint, policy, request, headers)
     except (aiohttp.ClientError, OSError, errors.ProviderError, ssl.SSLError) as error:
         raise mapped(error) from error
     try:
@@ -213,6 +216,8 @@ async def _sealed_up(
 
 def _check_custom_headers(endpoint: Endpoint) -> None:
     """Forms refuse such headers; a row may have been written past them (R27)."""
+    if not endpoint.headers:
+        return
     from providers.models.checks import MAX_HEADERS, header_problem
 
     if len(endpoint.headers) > MAX_HEADERS:

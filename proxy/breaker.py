@@ -14,6 +14,9 @@ OPEN_SECONDS = 30.0
 MOST_SECONDS = 300.0
 
 
+NONE: frozenset[int] = frozenset()
+
+
 @dataclass(slots=True)
 class _State:
     failures: int = 0
@@ -50,5 +53,7 @@ class Breakers:
 
     def open(self) -> frozenset[int]:
         """The providers that are left alone at this moment."""
+        if not self._states:
+            return NONE
         now = self._clock()
         return frozenset(each for each, state in self._states.items() if state.open_until > now)

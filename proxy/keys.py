@@ -6,7 +6,6 @@ last underscore in base62 (0-9A-Za-z), padded with zeros. Published for secret s
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import re
 import secrets
@@ -53,7 +52,7 @@ def parse(text: str) -> Parts | None:
 
 def digest(secret: str, pepper: bytes) -> str:
     """Hex HMAC-SHA256 of the secret under a pepper: what is stored and compared."""
-    return hmac.new(pepper, secret.encode("ascii"), hashlib.sha256).hexdigest()
+    return hmac.digest(pepper, secret.encode("ascii"), "sha256").hex()
 
 
 def random_text(length: int) -> str:

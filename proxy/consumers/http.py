@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
@@ -57,19 +57,20 @@ class HttpRequest:
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
         self.headers: RawHeaders = scope["headers"]
+        self._named = named = dict(scope["headers"])
         self.address = (scope.get("client") or ("",))[0]
-        self.id = request_id_from(_header(self.headers, b"x-request-id"))
-        self.length = _length(self.headers)
+        self.id = request_id_from(named.get(b"x-request-id", b"").decode("latin-1"))
+        self.length = _length(named.get(b"content-length", b""))
 
     async def body(self) -> bytes:
         """The whole body. Raises UnsupportedMediaType, RequestTooLarge, RequestTimeout."""
         limit = settings.MAX_REQUEST_BYTES
         if self.length > limit:
             raise RequestTooLarge
-        if _header(self.headers, b"content-encoding") not in {"", "identity"}:
+        if self._named.get(b"content-encoding", b"identity") != b"identity":
             raise UnsupportedMediaType
-        kind = _header(self.headers, b"content-type").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        kind = self._named.get(b"content-type", b"")
+        if kind != b"application/json" and kind.partition(b";")[0].strip().lower() != b"application/json":
             raise UnsupportedMediaType
         parts: list[bytes] = []
         size = 0
@@ -84,21 +85,31 @@ class HttpRequest:
             if not message.get("more_body"):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    @contextlib.asynccontextmanager
-    async def left(self, running: Running) -> AsyncIterator[None]:
-        """While the block runs, the caller's leaving ends it; the watching itself always ends with the block."""
-        watching = asyncio.create_task(self._watch(running))
-        try:
-            yield
-        finally:
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
+    def left(self, running: Running) -> Leaving:
+        return Leaving(self._receive, running)
 
-    async def _watch(self, running: Running) -> None:
+
+class Leaving:
+    """While the block runs, the caller's leaving ends it; the watching itself always ends with the block."""
+
+    __slots__ = ("_receive", "_running", "_watching")
+
+    def __init__(self, receive: Receive, running: Running) -> None:
+        self._receive = receive
+        self._running = running
+
+    async def __aenter__(self) -> None:
+        self._watching = asyncio.create_task(self._watch())
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._watching
+
+    async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        running.end("client_left")
+        self._running.end("client_left")
 
 
 class HttpSink:
@@ -235,10 +246,6 @@ def retry_after(error: GatewayError | ProviderError) -> tuple[tuple[bytes, bytes
     return () if seconds is None else ((b"retry-after", str(max(1, int(-(-seconds // 1)))).encode()),)
 
 
-def _header(headers: RawHeaders, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in headers if key == name), "")
-
-
-def _length(headers: RawHeaders) -> int:
-    text = _header(headers, b"content-length")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else 0
+def _length(text: bytes) -> int:
+    """What a request says its body has, in bytes; 0 when it does not say."""
+    return int(text) if text.isdigit() and len(text) < 19 else 0
