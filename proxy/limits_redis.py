@@ -28,6 +28,9 @@ GRACE = 0.005
 """The end of TIMEOUT, begun again when the event loop was late: a busy process is not a silent Redis."""
 ERRORS_IN_A_ROW = 5
 REST_SECONDS = 5.0
+LINGER = 0.01
+"""Seconds that what nobody waits for may wait for company: a write wakes Redis up, which costs more than what it says."""
+
 BATCH = 512
 UNDELIVERED = 20_000
 
@@ -74,6 +77,7 @@ class Link:
         self._undelivered: deque[Operation] = deque(maxlen=UNDELIVERED)
         self._connection: AbstractConnection | None = None
         self._sender: asyncio.Task[None] | None = None
+        self._lingering: asyncio.TimerHandle | None = None
 
     async def ask(self, operation: Operation) -> list[int]:
         """The numbers a script answers. Raises LinkFailed after TIMEOUT at the latest, twice that behind a slow one."""
@@ -83,9 +87,14 @@ class Link:
         raise LinkFailed("not numbers")
 
     def send(self, operation: Operation) -> None:
-        """Have it done soon. Nobody waits for it."""
+        """Have it done soon: with the next question, or after LINGER. Nobody waits for it.
+
+        What is given back stands before what is asked next, so a caller never waits for its own earlier request.
+        """
         if not self.open:
-            self._enqueue(operation)
+            self._queue.append(operation)
+            if self._idle and self._lingering is None:
+                self._lingering = asyncio.get_running_loop().call_later(LINGER, self._start)
         elif operation.again:
             self._undelivered.append(operation)
 
@@ -97,6 +106,8 @@ class Link:
 
     async def flush(self) -> None:
         """Wait until what is queued was sent. Being cancelled here stops nothing."""
+        if self._queue:
+            self._start()
         if self._sender is not None and not self._sender.done():
             await asyncio.wait({self._sender})
 
@@ -129,7 +140,18 @@ class Link:
 
     def _enqueue(self, operation: Operation) -> None:
         self._queue.append(operation)
-        if self._sender is None or self._sender.done():
+        self._start()
+
+    @property
+    def _idle(self) -> bool:
+        return self._sender is None or self._sender.done()
+
+    def _start(self) -> None:
+        """Begin to send what is queued, unless that is under way."""
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+        if self._idle:
             self._sender = asyncio.get_running_loop().create_task(self._send_all())
 
     async def _send_all(self) -> None:
