@@ -1,7 +1,7 @@
 """Reading JSON from strangers: everything that a parser is usually lenient about is an error, and it costs little.
 
 Refused: bytes that are not UTF-8, a byte order mark, duplicate keys, NaN and infinities (also by overflow), integers of
-more than 4,300 digits, nesting that Python cannot follow, lone surrogates, NUL characters, and documents of so many values
+more than 4,300 digits, nesting below 200 levels, lone surrogates, NUL characters, and documents of so many values
 that parsing alone would stall the process. Structure is counted before it is parsed: 10 MB of `{"b":1},` would
 otherwise cost 850 ms and 300 MB.
 """
@@ -16,6 +16,8 @@ from typing import Any
 MAX_STRINGS = 200_000
 MAX_CONTAINERS = 100_000
 MAX_VALUES = 1_000_000
+MAX_DEPTH = 200
+"""Levels. What was read is written again, and writers give up earlier than readers: orjson at 254 levels."""
 SMALL = 2 * MAX_CONTAINERS
 """Bytes below which no document can have too much of anything: the smallest container is `[]`."""
 
@@ -32,9 +34,7 @@ def loads(body: bytes) -> Any:
     """The value of the document. Raises StrictJSONError."""
     _check_size(body)
     try:
-        value = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float
-        )
+        value = _decoder.decode(body.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise StrictJSONError("The body is not UTF-8.") from error
     except RecursionError as error:
@@ -45,6 +45,8 @@ def loads(body: bytes) -> Any:
         raise StrictJSONError(f"The body is not JSON: {error.msg} at character {error.pos}.") from error
     except ValueError as error:
         raise StrictJSONError("A number in the body has too many digits.") from error
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH:
+        _check_depth(value)
     if _ESCAPES.search(body):
         _check_text(value)
     return value
@@ -80,6 +82,25 @@ def _float(text: str) -> float:
     if math.isinf(value):
         raise StrictJSONError("A number in the body is too large.")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Level by level; only asked when there are enough brackets for it."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for item in level
+            for inner in (item.values() if isinstance(item, dict) else item)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise StrictJSONError("The body is nested too deeply.")
+
+
+# Made once: `json.loads` would make one for every document.
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
 
 
 def _check_text(value: Any) -> None:

@@ -23,7 +23,6 @@ FIRST_TOKEN = Histogram(
     ["provider"],
     buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
-DECRYPT_FAILURES = Counter("credential_decrypt_failures_total", "Secrets that could not be opened.")
 RUNNING = Gauge("penstock_requests_running", "Requests that run now.", multiprocess_mode="livesum")
 SILENCE = Gauge(
     "penstock_database_silence_seconds", "Since the database last answered.", multiprocess_mode="livemax"

@@ -141,11 +141,17 @@ class Provider(Versioned):
             name=self.name,
             kind=self.kind,
             base_url=self.base_url,
-            headers=tuple(sorted(self.custom_headers.items())),
+            headers=self._headers(),
             allow_private=self.allow_private or self.self_hosted,
             ca_pem=self.ca_pem,
             timeouts=self._timeouts(),
         )
+
+    def _headers(self) -> wire.Headers:
+        """A row may have been written past the forms; headers that are no object are none that could be sent (R27)."""
+        if not isinstance(self.custom_headers, dict):
+            return (("", ""),)
+        return tuple(sorted(self.custom_headers.items()))
 
     def _timeouts(self) -> wire.Timeouts:
         return wire.Timeouts(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import logging
 import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
+import structlog
 from channels.consumer import AsyncConsumer
 
 from audit.middleware import request_id_from
@@ -22,6 +25,8 @@ from proxy.dialects import openai
 from proxy.errors import GatewayError, InvalidRequest, KeyRevoked, ShuttingDown
 from proxy.gateway import Gateway
 from proxy.inflight import Running
+
+logger = logging.getLogger(__name__)
 
 PROTOCOL = "penstock.v1"
 KEY_PROTOCOL = "penstock.key."
@@ -177,7 +182,9 @@ class Conversation:
             self._begin(id, frame)
 
     def _begin(self, id: str, frame: dict[str, Any]) -> None:
-        request = FrameRequest(self._scope, self._headers, orjson.dumps({**frame, "stream": True}))
+        # Not with orjson, which cannot write every number that a frame may hold.
+        body = json.dumps({**frame, "stream": True}, ensure_ascii=False, separators=(",", ":")).encode()
+        request = FrameRequest(self._scope, self._headers, body)
         sink = FrameSink(self._socket, id)
         task = asyncio.create_task(self._serve(id, request, sink))
         self._requests[id] = (task, request, sink)
@@ -187,6 +194,11 @@ class Conversation:
             await pipeline.chat(self._gateway, request, sink)
         except (GatewayError, ProviderError) as error:
             await sink.fail(error, request.id)
+        except Exception:
+            # The other requests on this socket go on.
+            with structlog.contextvars.bound_contextvars(request_id=request.id):
+                logger.exception("a request failed inside the gateway")
+            await sink.fail(GatewayError(), request.id)
         finally:
             self._requests.pop(id, None)
 
