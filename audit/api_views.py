@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Any, ClassVar, Generic, TypeVar
 
 from django.core.exceptions import ValidationError as DjangoValidationError
@@ -36,6 +37,8 @@ WORDS: Mapping[str, str] = {
 """What REST framework's actions are called in the table of roles."""
 
 UNKNOWN = "There is no such field."
+MAX_UNKNOWN = 20
+"""Unknown fields that an answer names; a body may have 200,000 of them."""
 MAX_INTEGER = 2**31 - 1
 TAG = re.compile(r'(?:W/)?"([^"]*)"')
 
@@ -154,12 +157,17 @@ class Rows(Door):
         return Response(status=204)
 
 
+def unknown_fields(names: Iterable[str]) -> dict[str, list[str]]:
+    """The first of them, as what is told of an invalid body."""
+    return {name[:100]: [UNKNOWN] for name in islice(names, MAX_UNKNOWN)}
+
+
 class KnownFields(serializers.Serializer[Any]):
     """A body that is not a row: unknown fields are an error, and read-only ones, from an answer sent back, are ignored."""
 
     def to_internal_value(self, data: Any) -> Any:
         if isinstance(data, Mapping) and (unknown := data.keys() - self.fields.keys()):
-            raise serializers.ValidationError({name: [UNKNOWN] for name in unknown})
+            raise serializers.ValidationError(unknown_fields(unknown))
         return super().to_internal_value(data)
 
 
@@ -192,7 +200,7 @@ class StrictSerializer(serializers.ModelSerializer[Row], Generic[Row]):
     def _checked(self, data: dict[str, Any]) -> dict[str, Any]:
         """The data without aliases and unchanged read-only fields."""
         stored = self.to_representation(self.instance) if isinstance(self.instance, models.Model) else {}
-        errors = {name: [UNKNOWN] for name in data if name not in self.fields}
+        errors = unknown_fields(name for name in data if name not in self.fields)
         for name in [name for name in data if name in self.fields and self.fields[name].read_only]:
             value = data.pop(name)
             out_of_date = bool(stored) and not self.partial and name in self.volatile

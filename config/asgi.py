@@ -17,6 +17,7 @@ from django.core.asgi import get_asgi_application
 settings.STATIC_ROOT.mkdir(parents=True, exist_ok=True)
 django_application = get_asgi_application()
 
+from config.body_limit import BodyLimit
 from proxy.consumers.operations import live, metrics, ready
 from proxy.endpoints import http_routes, websocket_routes
 from proxy.gateway import GATEWAY
@@ -26,7 +27,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 routes = ProtocolTypeRouter(
     {
-        "http": URLRouter([*http_routes(GATEWAY, django_application)]),
+        "http": URLRouter([*http_routes(GATEWAY, BodyLimit(django_application))]),
         "websocket": URLRouter([*websocket_routes(GATEWAY)]),
     }
 )

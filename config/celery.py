@@ -46,3 +46,15 @@ def open_keyring(**kwargs: Any) -> None:
     from providers import keyring
 
     keyring.load()
+
+
+@worker_init.connect
+@beat_init.connect
+def mend_queue(**kwargs: Any) -> None:
+    """A worker that fell over what it found in the queue does not fall over it again."""
+    from django.conf import settings
+
+    from config import queue
+
+    if settings.REDIS_URL:
+        queue.mend(settings.REDIS_URL)

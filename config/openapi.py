@@ -44,6 +44,22 @@ class BearerScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-c
         }
 
 
+class SessionScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
+    """The session cookie by the name it has over plain http, so that the schema is the same everywhere."""
+
+    target_class = "rest_framework.authentication.SessionAuthentication"
+    name = "cookieAuth"
+    priority = 1
+
+    def get_security_definition(self, auto_schema: Any) -> Schema:
+        return {
+            "type": "apiKey",
+            "in": "cookie",
+            "name": "penstock_session",
+            "description": "Set by logging in at /admin/login/; over https it is called `__Host-session`.",
+        }
+
+
 def only_v1(endpoints: list[Endpoint], **kwargs: Any) -> list[Endpoint]:
     """The paths under /api/v1, written without a trailing slash; the other mounts are the same paths again."""
     return [

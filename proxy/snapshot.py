@@ -7,12 +7,15 @@ explained by the audit entry of that number.
 from __future__ import annotations
 
 import ipaddress
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from django.db import connection, transaction
+from django.db.models import Model
 
 from audit.models import Head
 from providers import adapters, keyring
@@ -20,9 +23,14 @@ from providers.errors import UnknownKind
 from providers.fields import raw
 from providers.keyring import WrongEncryptionKey
 from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
-from providers.wire import Credential, Endpoint, Kind, Purpose
+from providers.wire import Credential, Endpoint, Kind, Purpose, origin_of
 from proxy.auth import Caller
 from proxy.models import GatewayKey
+
+logger = logging.getLogger(__name__)
+
+Row = TypeVar("Row", bound=Model)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,28 +135,46 @@ def _refresh_keyring() -> None:
         return
 
 
+def _readable(rows: Iterable[Row], make: Callable[[Row], Made]) -> Iterator[Made]:
+    """What `make` makes of each row. One that was written past the forms, and makes no sense, is left out, so that it
+    cannot keep every later change from everybody."""
+    for row in rows:
+        try:
+            yield make(row)
+        except (ValueError, TypeError, AttributeError, UnknownKind) as error:
+            logger.warning("left out %s %s: %s", row._meta.label, row.pk, type(error).__name__)
+
+
 def _callers() -> Iterator[Caller]:
     rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner")
-    for row in rows.iterator():
-        if row.owner is not None and not row.owner.is_active:
-            continue
-        yield Caller(
-            id=row.pk,
-            key_id=row.key_id,
-            name=row.name,
-            owner=row.owner.get_username() if row.owner else "",
-            digest=raw(row.hmac),
-            pepper=row.pepper,
-            previous_digest=raw(row.previous_hmac),
-            previous_pepper=row.previous_pepper or 0,
-            previous_until=row.previous_until.timestamp() if row.previous_until else 0.0,
-            expires_at=row.expires_at.timestamp() if row.expires_at else None,
-            requests_per_minute=row.requests_per_minute,
-            tokens_per_minute=row.tokens_per_minute,
-            max_concurrency=row.max_concurrency,
-            allowed_models=tuple(row.allowed_models),
-            allowed_networks=tuple(ipaddress.ip_network(each) for each in row.allowed_networks),
-        )
+    return _readable((row for row in rows.iterator() if row.owner is None or row.owner.is_active), _caller)
+
+
+def _caller(row: GatewayKey) -> Caller:
+    return Caller(
+        id=row.pk,
+        key_id=row.key_id,
+        name=row.name,
+        owner=row.owner.get_username() if row.owner else "",
+        digest=raw(row.hmac),
+        pepper=row.pepper,
+        previous_digest=raw(row.previous_hmac),
+        previous_pepper=row.previous_pepper or 0,
+        previous_until=row.previous_until.timestamp() if row.previous_until else 0.0,
+        expires_at=row.expires_at.timestamp() if row.expires_at else None,
+        requests_per_minute=row.requests_per_minute,
+        tokens_per_minute=row.tokens_per_minute,
+        max_concurrency=row.max_concurrency,
+        allowed_models=tuple(_texts(row.allowed_models)),
+        allowed_networks=tuple(ipaddress.ip_network(each) for each in _texts(row.allowed_networks)),
+    )
+
+
+def _texts(value: object) -> list[str]:
+    """A list of texts; anything else raises, since an empty list would allow everything."""
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise TypeError
+    return value
 
 
 def _credentials() -> Mapping[int, list[Credential]]:
@@ -166,26 +192,26 @@ def _models() -> Mapping[int, list[tuple[str, frozenset[str]]]]:
         .values_list("provider_id", "name", "purposes")
     )
     for provider_id, name, purposes in rows.iterator():
-        models[provider_id].append((name, frozenset(purposes)))
+        models[provider_id].append((name, frozenset(purposes if isinstance(purposes, list) else ())))
     return models
 
 
 def _upstreams(
     credentials: Mapping[int, list[Credential]], models: Mapping[int, list[tuple[str, frozenset[str]]]]
 ) -> Iterator[Upstream]:
-    for provider in Provider.objects.filter(enabled=True).iterator():
-        try:
-            kind = adapters.kind(provider.kind)
-        except UnknownKind:
-            continue
-        yield Upstream(
-            endpoint=provider.endpoint(),
-            kind=kind,
+    def make(provider: Provider) -> Upstream:
+        endpoint = provider.endpoint()
+        origin_of(endpoint.base_url)  # raises for what is no address at all
+        return Upstream(
+            endpoint=endpoint,
+            kind=adapters.kind(provider.kind),
             priority=provider.priority,
             purposes=frozenset(_purposes(provider)),
             credentials=tuple(credentials.get(provider.pk, ())),
             models=tuple(name for name, _ in models.get(provider.pk, ())),
         )
+
+    return _readable(Provider.objects.filter(enabled=True).iterator(), make)
 
 
 def _purposes(provider: Provider) -> Iterator[Purpose]:

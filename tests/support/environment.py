@@ -6,26 +6,16 @@ all workers. Fresh secrets and a folder of their own; a developer's `.env` and `
 
 from __future__ import annotations
 
-import base64
 import os
-import secrets
 import shutil
 import sys
 import tempfile
 from typing import Any
 
+from tests.support.installation import fresh_secrets
+
 MARK = "PENSTOCK_TEST_FOLDER"
 _ours: list[Any] = []
-
-
-def fresh_secrets() -> dict[str, str]:
-    """The secrets that an installation needs, new."""
-    return {
-        "SECRET_KEY": secrets.token_urlsafe(64),
-        "JWT_SIGNING_KEY": secrets.token_urlsafe(64),
-        "PENSTOCK_ENCRYPTION_KEY": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
-        "PENSTOCK_PEPPERS": "1:" + base64.urlsafe_b64encode(secrets.token_bytes(48)).decode(),
-    }
 
 
 def _prepare() -> None:
