@@ -49,6 +49,9 @@ class Gateway:
         self._make()
         await asyncio.to_thread(self.watcher.start)
         self.spool.run()
+        loop = asyncio.get_running_loop()
+        # A revoked key ends its streams when the snapshot says so, not at the next sweep.
+        self.watcher.on_change = lambda: loop.call_soon_threadsafe(self.registry.sweep, self._is_good)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
@@ -56,6 +59,7 @@ class Gateway:
             self._sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sweeper
+        self.watcher.on_change = lambda: None
         await self.sessions.close()
         await self.limits.close()
         await asyncio.to_thread(self.watcher.stop)

@@ -1,6 +1,6 @@
 """The one thread that reads the database for the data plane: configuration, weather, and back what requests saw.
 
-Requests never wait for it. It looks at `audit.Head` twice a second and rebuilds the snapshot at most once a second. No
+Requests never wait for it. It looks at `audit.Head` four times a second and rebuilds the snapshot at most twice. No
 publish/subscribe: a poll is needed anyway, in case a message is lost, and is fast enough.
 """
 
@@ -24,8 +24,10 @@ from proxy.weather import Weather
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.5
-REBUILD_SECONDS = 1.0
+POLL_SECONDS = 0.25
+REBUILD_SECONDS = 0.5
+"""Together less than the second in which a revoked key has to stop working, everywhere."""
+
 WEATHER_SECONDS = 1.0
 GRACE_SECONDS = 300.0
 """How long the data plane serves from memory while the database is away (F22); then it refuses with 503."""
@@ -34,7 +36,10 @@ FRESH_SECONDS = 5.0
 
 
 class Watcher:
-    """Holds the current `snapshot` and `weather`; both are replaced whole, so readers need no lock."""
+    """Holds the current `snapshot` and `weather`; both are replaced whole, so readers need no lock.
+
+    on_change: called in the watcher's thread after a new snapshot is there.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -47,6 +52,7 @@ class Watcher:
         self.answered_at = 0.0
         self.snapshot = Snapshot()
         self.weather = Weather()
+        self.on_change: Callable[[], None] = lambda: None
 
     # -- asked by requests -------------------------------------------------------------------------------------------
 
@@ -99,6 +105,7 @@ class Watcher:
         if changed and (not self._built_at or now - self._built_at >= REBUILD_SECONDS):
             self.snapshot = snapshots.build()
             self._built_at = now
+            self.on_change()
         if now - self._weather_at >= WEATHER_SECONDS:
             self.weather = weathers.read()
             self._weather_at = now

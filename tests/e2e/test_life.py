@@ -265,3 +265,46 @@ def statuses_list(gateway: Gateway) -> list[str]:
     code = "import json; from proxy.models import UsageRecord; print(json.dumps(list(UsageRecord.objects.values_list('status', flat=True))))"
     found: list[str] = json.loads(gateway.shell(code).splitlines()[-1])
     return found
+
+
+def test_r15_a_revoked_key_stops_within_a_second_on_every_worker_stream_and_socket() -> None:
+    from websockets.exceptions import ConnectionClosed
+    from websockets.sync.client import connect
+
+    slow = answers.ok(chunks=1000, delay=0.02)
+    code = (
+        "import time\n"
+        "from audit.changes import changes\n"
+        "from proxy.keys import revoke\n"
+        "from proxy.models import GatewayKey\n"
+        "with changes(actor=None, via='command'):\n"
+        "    revoke(GatewayKey.objects.get())\n"
+        "print(time.time())"
+    )
+    with Upstream(slow) as upstream, Gateway(env={"WEB_CONCURRENCY": "2"}) as gateway:
+        key = gateway.provide(f"{upstream.url}/v1")
+        address = gateway.url.replace("http", "ws", 1) + "/ws/chat"
+        with (
+            ThreadPoolExecutor(6) as pool,
+            connect(address, additional_headers={"Authorization": f"Bearer {key}"}, proxy=None) as socket,
+        ):
+            running = [pool.submit(_last_event, gateway, key) for _ in range(6)]
+            upstream.ledger.wait_for(lambda ledger: len(ledger.asked) == 6)
+            revoked = float(gateway.shell(code).splitlines()[-1])
+            for each in running:
+                at, error = each.result()
+                assert error == "key_revoked"
+                assert at - revoked < 1.0
+            with pytest.raises(ConnectionClosed) as closed:
+                while True:
+                    socket.recv(timeout=5)
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 4401
+        for _ in range(8):
+            assert httpx.get(f"{gateway.url}/v1/models", headers={"x-api-key": key}).status_code == 401
+
+
+def _last_event(gateway: Gateway, key: str) -> tuple[float, str]:
+    """When a stream ended, and the code of the error it ended with."""
+    text = stream(gateway, key, "revoked")
+    return time.time(), json.loads(text.rstrip().rsplit("data: ", 1)[1])["error"]["code"]
