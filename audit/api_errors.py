@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from django.core import exceptions as django_errors
-from django.db import IntegrityError, InterfaceError, OperationalError, models
+from django.db import IntegrityError, InterfaceError, InternalError, OperationalError, models
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
+from django.template.loader import render_to_string
 from django.views import defaults
 from rest_framework import exceptions, status
 from rest_framework.response import Response
@@ -44,6 +46,9 @@ CODES = {
 }
 WHOLE = "non_field_errors"
 RETRY_SECONDS = 5
+WRONG = "Something went wrong on our side."
+READ_ONLY = "25006"
+"""SQLSTATE read_only_sql_transaction."""
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -96,7 +101,7 @@ def know(kind: type[BaseException], reader: Reader) -> None:
 def problem_of(error: BaseException) -> Problem:
     """What to tell of an exception; INTERNAL_ERROR, and nothing of it, when it is nobody's."""
     reader = next((_readers[kind] for kind in type(error).__mro__ if kind in _readers), None)
-    return reader(error) if reader is not None else Problem(500, "Something went wrong on our side.")
+    return reader(error) if reader is not None else Problem(500, WRONG)
 
 
 def _of_api(error: exceptions.APIException) -> Problem:
@@ -140,6 +145,15 @@ def _busy(message: str) -> Reader:
     return lambda error: Problem(503, message, retry_after=RETRY_SECONDS)
 
 
+def _of_database(error: InternalError) -> Problem:
+    """A standby refuses writes with an error that psycopg counts among the internal ones (F24)."""
+    if getattr(error.__cause__, "sqlstate", None) == READ_ONLY:
+        return Problem(
+            503, "The database takes no changes now, so nothing was changed.", retry_after=RETRY_SECONDS
+        )
+    return Problem(500, WRONG)
+
+
 def _said(status_code: int, message: str) -> Reader:
     return lambda error: Problem(status_code, message)
 
@@ -173,9 +187,21 @@ _readers.update(
         IntegrityError: _said(409, "This conflicts with what is stored, which may have changed just now."),
         OperationalError: _busy("The database cannot be reached."),
         InterfaceError: _busy("The database cannot be reached."),
+        InternalError: _of_database,
         AuditUnavailable: _busy("The change could not be recorded, so nothing was changed."),
     }
 )
+
+
+def unavailable(request: HttpRequest, problem: Problem) -> HttpResponse:
+    """The answer to a request that cannot be served now: the API's shape for the API, a page for people."""
+    if is_for_api(request):
+        response: HttpResponse = JsonResponse(problem.body(request_id_of(request)), status=problem.status)
+    else:
+        # The template needs nothing from the database, unlike every page of the admin.
+        response = HttpResponse(render_to_string("503.html", {"problem": problem}), status=problem.status)
+    response["Retry-After"] = str(problem.retry_after or RETRY_SECONDS)
+    return response
 
 
 def error_response(error: Exception, context: dict[str, Any]) -> Response:
@@ -202,7 +228,7 @@ def ip_of(request: Any) -> str | None:
     return request.META.get("REMOTE_ADDR") or None
 
 
-def _is_for_api(request: HttpRequest) -> bool:
+def is_for_api(request: HttpRequest) -> bool:
     return request.path.startswith("/api/") or request.path.rstrip("/") in {"/api", "/ping"}
 
 
@@ -210,7 +236,7 @@ def _page(status_code: int, message: str, page: Callable[..., HttpResponse]) -> 
     """Django's own handler of a status, except that the API's paths get the API's shape."""
 
     def handler(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
-        if _is_for_api(request):
+        if is_for_api(request):
             body = Problem(status_code, message).body(request_id_of(request))
             return JsonResponse(body, status=status_code)
         return page(request, *args, **kwargs)
@@ -221,4 +247,12 @@ def _page(status_code: int, message: str, page: Callable[..., HttpResponse]) -> 
 bad_request = _page(400, "The request is not valid.", defaults.bad_request)
 permission_denied = _page(403, "You may not do this.", defaults.permission_denied)
 not_found = _page(404, "There is no such thing.", defaults.page_not_found)
-server_error = _page(500, "Something went wrong on our side.", defaults.server_error)
+_wrong = _page(500, WRONG, defaults.server_error)
+
+
+def server_error(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
+    """What no view caught. Middleware asks the database too, and may be the one who finds it away."""
+    error = sys.exc_info()[1]
+    if error is not None and (problem := problem_of(error)).status == 503:
+        return unavailable(request, problem)
+    return _wrong(request, *args, **kwargs)

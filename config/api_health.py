@@ -16,6 +16,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from audit.api_views import OnlyJSON
+from audit.postgres import SERVER
 
 _started = time.monotonic()
 
@@ -57,6 +58,8 @@ class PingView(OpenView):
 
 
 def database_answers() -> bool:
+    if SERVER.away:
+        return False
     try:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1")

@@ -125,6 +125,8 @@ def configuration(*, level: str, style: str) -> dict[str, Any]:
             "axes": {"level": "WARNING"},
             "uvicorn.access": {"level": "WARNING"},
             "django.db.backends": {"level": "WARNING"},
+            # It warns of every single attempt while the database is away, which we say once.
+            "psycopg.pool": {"level": "ERROR"},
             "django.utils.autoreload": {"level": "WARNING"},
         },
     }

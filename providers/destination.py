@@ -50,6 +50,7 @@ _MAPPED, _NAT64, _LOCAL_NAT64, _SIX_TO_FOUR, _TEREDO, _COMPATIBLE = (
     ipaddress.IPv6Network(text)
     for text in ("::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96")
 )
+LOOPBACK: tuple[IPAddress, ...] = (ipaddress.IPv4Address("127.0.0.1"), ipaddress.IPv6Address("::1"))
 _UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]*|[0-9]+")
 _DOTS = str.maketrans({"\u3002": ".", "\uff0e": ".", "\uff61": "."})
@@ -101,10 +102,18 @@ def check_url(
     literal = _literal(host)
     if literal is not None:
         check_address(str(literal), _port(parts), policy=policy)
-    elif not allow_private and (host == "localhost" or host.endswith(".localhost")):
-        raise DestinationNotAllowed("A private address needs the permission to allow private addresses.")
+    elif host == "localhost" or host.endswith(".localhost"):
+        if not allow_private:
+            raise DestinationNotAllowed("A private address needs the permission to allow private addresses.")
+        for loopback in LOOPBACK:
+            _check_own(loopback, _port(parts), policy)
     elif not allow_private and policy.plain:
         raise DestinationNotAllowed("Use https: over http a key would cross a public network in clear.")
+
+
+def _check_own(address: IPAddress, port: int, policy: Policy) -> None:
+    if any(port == own_port and _same(address, own) for own, own_port in policy.own):
+        raise DestinationNotAllowed("This is an address of the gateway itself, its database or its Redis.")
 
 
 def check_address(ip: str, port: int, *, policy: Policy) -> None:
@@ -117,8 +126,7 @@ def check_address(ip: str, port: int, *, policy: Policy) -> None:
         raise DestinationNotAllowed("This is not an address.") from None
     for each in (address, *_embedded(address)):
         _check_one(each, policy)
-    if any(port == own_port and _same(address, own) for own, own_port in policy.own):
-        raise DestinationNotAllowed("This is an address of the gateway itself, its database or its Redis.")
+    _check_own(address, port, policy)
     if policy.plain and is_public(address):
         raise DestinationNotAllowed("Use https: over http a key would cross a public network in clear.")
 

@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from django.db import DatabaseError, close_old_connections, connection
+from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections, connection
 from django.utils import timezone
 
+from audit import postgres
 from audit.models import Head
 from providers.models import KeyUse, ProviderHealth
 from proxy import snapshot as snapshots
@@ -34,6 +35,12 @@ GRACE_SECONDS = 300.0
 
 FRESH_SECONDS = 5.0
 
+ANSWER_SECONDS = 1.2
+"""A server that takes longer for a one-row question is away, as far as people who wait for a page are concerned."""
+
+BUILD_ANSWER_SECONDS = 5.0
+"""The same for each of the questions that a snapshot is made of, which may have 10,000 rows."""
+
 
 class Watcher:
     """Holds the current `snapshot` and `weather`; both are replaced whole, so readers need no lock.
@@ -50,6 +57,7 @@ class Watcher:
         self._accepted: set[int] = set()
         self._built_at = self._weather_at = 0.0
         self.answered_at = 0.0
+        self.read_only = False
         self.snapshot = Snapshot()
         self.weather = Weather()
         self.on_change: Callable[[], None] = lambda: None
@@ -142,8 +150,24 @@ class Watcher:
                         "configuration is served from memory: %s", type(error).__name__, exc_info=error
                     )
                 failing = True
+                self._judge(error)
                 _drop_connection()
         _drop_connection()
+
+    def _judge(self, error: Exception) -> None:
+        """After a failure: whether it is the server's, so that nobody else waits for it either."""
+        away = isinstance(error, OperationalError | InterfaceError) and self.silence > ANSWER_SECONDS
+        if away and connection.vendor == "postgresql":
+            postgres.SERVER.away = True
+
+
+def _is_read_only() -> bool:
+    """Whether we reach a standby, or a server that takes no writes: reading goes on and nobody else would notice (F24)."""
+    if connection.vendor != "postgresql":
+        return False
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool")
+        return bool(cursor.fetchone()[0])
 
 
 def _drop_connection() -> None:

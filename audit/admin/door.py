@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 from django.contrib import admin
 from django.contrib.messages import get_messages
-from django.db import OperationalError
+from django.db import DatabaseError
 from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import render
 
+from audit.api_errors import problem_of
 from audit.changes import AuditUnavailable, Change, changes
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,9 @@ def write(request: HttpRequest, view: Callable[[], HttpResponseBase]) -> HttpRes
     try:
         with recorded(request):
             return view()
-    except (AuditUnavailable, OperationalError):
+    except (AuditUnavailable, DatabaseError) as error:
+        if problem_of(error).status != 503:
+            raise
         logger.exception("a change was undone")
         list(get_messages(request))  # they tell of what did not happen
         context = {**admin.site.each_context(request), "title": "Nothing was changed"}

@@ -14,6 +14,7 @@ from django.conf import settings
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest, multiprocess
 
 from proxy.gateway import Gateway
+from proxy.watcher import Watcher
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -40,11 +41,17 @@ def readiness(gateway: Gateway) -> dict[str, str]:
     late = settings.HEALTH_CHECK_ENABLED and (beat is None or time.time() - beat > BEAT_LATE_SECONDS)
     return {
         "server": "shutting down" if gateway.registry.draining else "ok",
-        "database": "ok" if watcher.fresh else f"silent for {watcher.silence:.0f} s",
+        "database": _database(watcher),
         "redis": "away; limits are kept by each process" if gateway.limits.local else "ok",
         "spool": gateway.spool.problem or "ok",
         "scheduler": "late" if late else "ok",
     }
+
+
+def _database(watcher: Watcher) -> str:
+    if not watcher.fresh:
+        return f"silent for {watcher.silence:.0f} s"
+    return "read-only; changes and usage records wait" if watcher.read_only else "ok"
 
 
 async def metrics(gateway: Gateway, scope: dict[str, Any], send: Send) -> None:

@@ -9,7 +9,11 @@ from typing import Any
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from audit.postgres import SERVER
 from proxy import usage
+
+STOP_SECONDS = 3.0
+"""Once told to stop, no answer of the database is waited for any longer: what was not committed stays in the spool."""
 
 
 class Command(BaseCommand):
@@ -20,10 +24,7 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, **options: Any) -> None:
         if options["follow"]:
-            stop = threading.Event()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: stop.set())
-            usage.follow(settings.SPOOL_DIR, stop)
+            usage.follow(settings.SPOOL_DIR, _stopping())
             return
         try:
             report = usage.drain(settings.SPOOL_DIR)
@@ -38,3 +39,16 @@ class Command(BaseCommand):
             f"Drained {report.records} records ({report.interrupted} interrupted) from {report.segments} segments;"
             f" {report.corrupt} corrupt lines, {report.rejected} rejected, {report.waiting} segments in use."
         )
+
+
+def _stopping() -> threading.Event:
+    """An event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
+
+    def end(*_: object) -> None:
+        SERVER.at_most = STOP_SECONDS
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    return stop

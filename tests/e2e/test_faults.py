@@ -1,0 +1,292 @@
+"""What our own components do to callers when they are away, hang, come back, or change under running requests."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.support import answers
+from tests.support.gateway import Gateway
+from tests.support.postgres import Postgres
+from tests.support.upstream import Upstream
+from tests.support.valkey import Valkey
+
+pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.timeout(120)]
+
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
+CHAT = "/v1/chat/completions"
+PASSWORD = "correct horse battery staple"
+UNKNOWN_KEY = ""
+
+
+def wait(condition: Callable[[], Any], what: str, seconds: float = 10) -> float:
+    """Until the condition holds; how long that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, what
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def well_formed_key() -> str:
+    """A key with a right checksum that nobody issued."""
+    from proxy.keys import checksum
+
+    body = f"pen_live_{'Z' * 10}{'z' * 32}"
+    return f"{body}_{checksum(body)}"
+
+
+def records(gateway: Gateway) -> list[str]:
+    """The request ids of all usage records; a doubled one is an error."""
+    code = (
+        "import json; from proxy.models import UsageRecord; "
+        "print(json.dumps(list(UsageRecord.objects.values_list('request_id', flat=True))))"
+    )
+    found: list[str] = json.loads(gateway.shell(code).splitlines()[-1])
+    assert len(set(found)) == len(found)
+    return found
+
+
+def administrator(gateway: Gateway) -> None:
+    gateway.manage(
+        "createsuperuser",
+        "--noinput",
+        env={
+            "DJANGO_SUPERUSER_USERNAME": "owner",
+            "DJANGO_SUPERUSER_EMAIL": "owner@example.com",
+            "DJANGO_SUPERUSER_PASSWORD": PASSWORD,
+        },
+    )
+
+
+@contextmanager
+def console(gateway: Gateway) -> Iterator[httpx.Client]:
+    """A browser with the administrator's session, and the token of the API."""
+    with gateway.client(timeout=10, follow_redirects=False) as client:
+        page = client.get("/admin/login/")
+        form = {
+            "username": "owner",
+            "password": PASSWORD,
+            "next": "/admin/",
+            "csrfmiddlewaretoken": page.cookies["csrftoken"],
+        }
+        assert client.post("/admin/login/", data=form).status_code == 302
+        client.headers["x-csrftoken"] = client.cookies["csrftoken"]
+        assert client.get("/api/v1/providers").status_code == 200
+        yield client
+
+
+class Load:
+    """Requests one after another on so many threads, each with a name; every answer kept."""
+
+    def __init__(self, gateway: Gateway, key: str, *, threads: int = 2, pause: float = 0.02) -> None:
+        self.seen: list[tuple[str, int]] = []
+        self._gateway, self._key, self._pause = gateway, key, pause
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(f"load-{n}",), daemon=True) for n in range(threads)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def _run(self, name: str) -> None:
+        with self._gateway.client(self._key) as client:
+            number = 0
+            while not self._stop.wait(self._pause):
+                number += 1
+                each = f"{name}-{number}"
+                try:
+                    status = client.post(CHAT, json=HELLO, headers={"x-request-id": each}).status_code
+                except httpx.HTTPError as error:
+                    status = 0
+                    each = f"{each} {error!r}"
+                self.seen.append((each, status))
+
+    @property
+    def failed(self) -> list[tuple[str, int]]:
+        return [one for one in self.seen if one[1] != 200]
+
+    @property
+    def served(self) -> set[str]:
+        return {name for name, status in self.seen if status == 200}
+
+
+def timed(send: Callable[[], httpx.Response]) -> tuple[httpx.Response, float]:
+    began = time.monotonic()
+    return send(), time.monotonic() - began
+
+
+def assert_unavailable_page(response: httpx.Response) -> None:
+    assert response.status_code == 503, response.text
+    assert response.headers["content-type"].startswith("text/html")
+    assert "retry-after" in response.headers
+    assert "<h1>" in response.text and "Traceback" not in response.text and "psycopg" not in response.text
+
+
+def assert_unavailable_json(response: httpx.Response) -> None:
+    assert response.status_code == 503, response.text
+    assert response.json()["error"]["code"] == "SERVICE_UNAVAILABLE"
+    assert "retry-after" in response.headers
+
+
+# -- F22 to F24: PostgreSQL ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with Upstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def house(postgres: Postgres, upstream: Upstream) -> Iterator[tuple[Gateway, str]]:
+    """A gateway with a drainer on a PostgreSQL server of its own, and a key."""
+    with Gateway(database=postgres, programs=["drainer"]) as gateway:
+        administrator(gateway)
+        yield gateway, gateway.provide(f"{upstream.url}/v1", slug="first", api_key="sk-first-0123456789")
+
+
+def stop(postgres: Postgres) -> None:
+    postgres.process.stop(number=signal.SIGQUIT)
+
+
+@pytest.mark.parametrize(
+    ("away", "back"), [(stop, Postgres.start), (Postgres.pause, Postgres.resume)], ids=["stopped", "frozen"]
+)
+def test_f22_without_its_database_the_gateway_serves_known_keys_and_loses_no_record(
+    house: tuple[Gateway, str],
+    postgres: Postgres,
+    away: Callable[[Postgres], None],
+    back: Callable[[Postgres], None],
+) -> None:
+    gateway, key = house
+    with gateway.client() as client, console(gateway) as browser, Load(gateway, key) as load:
+        try:
+            away(postgres)
+            for delay in (0, 0, 1, 2):
+                time.sleep(delay)
+                for path, check in (
+                    ("/admin/", assert_unavailable_page),
+                    ("/admin/providers/server/", assert_unavailable_page),
+                    ("/api/v1/providers", assert_unavailable_json),
+                ):
+                    response, took = timed(lambda path=path: browser.get(path))  # type: ignore[misc]
+                    check(response)
+                    assert took < 2.3, (path, delay, took)
+                response, took = timed(lambda: client.get("/livez"))
+                assert response.status_code == 200 and took < 0.05
+            wait(lambda: client.get("/readyz").json()["status"] == "degraded", "readiness does not tell")
+            ready = client.get("/readyz")
+            assert ready.status_code == 200 and ready.json()["details"]["database"].startswith("silent for")
+            assert client.get("/api/v1/health").json()["status"] == "degraded"
+            unknown = client.post(
+                CHAT, json=HELLO, headers={"authorization": f"Bearer {well_formed_key()}"}
+            )
+            assert unknown.status_code == 503, unknown.text
+            assert unknown.headers["retry-after"]
+            malformed = client.post(CHAT, json=HELLO, headers={"authorization": "Bearer pen_live_x"})
+            assert malformed.status_code == 401
+        finally:
+            back(postgres)
+        recovered = wait(lambda: browser.get("/admin/").status_code == 200, "the console stays away")
+        assert recovered <= 5, recovered
+        wait(lambda: client.get("/readyz").json()["details"]["database"] == "ok", "not ready again", 5)
+    assert load.seen and not load.failed
+    wait(lambda: load.served <= set(records(gateway)), "usage records were lost", 20)
+    assert "Traceback" not in gateway.logs("drainer")
+
+
+def test_f22_the_drainer_stops_when_told_although_the_database_is_frozen(
+    house: tuple[Gateway, str], postgres: Postgres
+) -> None:
+    gateway, key = house
+    drainer = gateway.process("drainer")
+    with gateway.client(key) as client:
+        postgres.pause()
+        try:
+            assert client.post(CHAT, json=HELLO).status_code == 200
+            time.sleep(1.5)  # it is in the middle of a question by now
+            began = time.monotonic()
+            drainer.send_signal(signal.SIGTERM)
+            code = drainer.wait(12)
+            took = time.monotonic() - began
+        finally:
+            postgres.resume()
+            gateway.start("drainer")
+    assert (code, took < 10) == (0, True), took
+
+
+def test_f23_an_immediate_restart_of_the_database_fails_no_request_of_an_application(
+    house: tuple[Gateway, str], postgres: Postgres
+) -> None:
+    gateway, key = house
+    with console(gateway) as browser, Load(gateway, key) as load:
+        pages = []
+        for _ in range(2):
+            postgres.restart()
+            for _ in range(10):
+                pages.append(browser.get("/admin/").status_code)
+                time.sleep(0.1)
+        wait(lambda: browser.get("/admin/").status_code == 200, "the console stays away", 5)
+    assert load.seen and not load.failed
+    assert set(pages) <= {200, 503}
+    # One failure for each pooled connection that was lost, and there are at least two in each pool.
+    assert pages.count(503) <= 4, pages
+    wait(lambda: load.served <= set(records(gateway)), "usage records were lost", 20)
+
+
+def test_f24_a_database_that_became_read_only_refuses_changes_clearly_and_is_found_again(
+    house: tuple[Gateway, str], postgres: Postgres
+) -> None:
+    gateway, key = house
+    with gateway.client(key) as client, console(gateway) as browser, Load(gateway, key) as load:
+        row = browser.get("/api/v1/providers?search=first").json()["results"][0]
+        path = f"/api/v1/providers/{row['id']}"
+        assert browser.patch(path, json={"priority": 7}).status_code == 200
+        try:
+            postgres.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+            postgres.execute("SELECT pg_reload_conf()")
+            wait(lambda: browser.patch(path, json={"priority": 8}).status_code == 503, "it still writes")
+            assert_unavailable_json(browser.patch(path, json={"priority": 8}))
+            page = browser.post(f"/admin/providers/provider/{row['id']}/change/", data={"name": "x"})
+            assert page.status_code in {200, 503} and "Traceback" not in page.text
+            assert browser.get(path).json()["priority"] == 7
+            wait(
+                lambda: "read-only" in client.get("/readyz").json()["details"]["database"],
+                "readiness does not tell",
+            )
+            assert client.get("/readyz").status_code == 200
+            time.sleep(2)
+        finally:
+            postgres.execute("SET default_transaction_read_only = off; ALTER SYSTEM RESET default_transaction_read_only")
+            postgres.execute("SELECT pg_reload_conf()")
+        took = wait(lambda: browser.patch(path, json={"priority": 9}).status_code == 200, "still refused")
+        assert took <= 10
+        wait(lambda: client.get("/readyz").json()["details"]["database"] == "ok", "not ready again")
+    assert load.seen and not load.failed
+    wait(lambda: load.served <= set(records(gateway)), "usage records were lost", 20)
