@@ -129,4 +129,4 @@ $(VENV)-lock/bin/uv:
 $(CHECK_DIR)/env: config/envfile.py | $(BIN)/python
 	@mkdir -p $(CHECK_DIR)
 	@rm -f $@
-	@$(BIN)/python -m config.envfile $@
+	@DATA_DIR=$(CHECK_DIR) DATABASE_URL=sqlite://:memory: $(BIN)/python -m config.envfile $@ >/dev/null

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -93,6 +93,7 @@ class Change:
 
 
 _current: ContextVar[Change | None] = ContextVar("audit_change", default=None)
+_each: ContextVar[Via | None] = ContextVar("audit_each_save", default=None)
 
 
 def current() -> Change:
@@ -139,6 +140,28 @@ def changes(
             change.write()
         except DatabaseError as error:
             raise AuditUnavailable("the audit log cannot be written, so nothing was changed") from error
+
+
+@contextmanager
+def each_save(*, via: Via) -> Iterator[None]:
+    """Within this block every save of a watched row outside `changes()` is a block of its own.
+
+    For commands that ask a person something before they save: the head must not stay locked meanwhile.
+    """
+    token = _each.set(via)
+    try:
+        yield
+    finally:
+        _each.reset(token)
+
+
+def own_block() -> ExitStack:
+    """The block of one save under `each_save`, to be closed after it; empty when there is nothing to open."""
+    stack = ExitStack()
+    via = _each.get()
+    if _current.get() is None and via is not None:
+        stack.enter_context(changes(actor=None, via=via))
+    return stack
 
 
 def _locked_head() -> Head:

@@ -9,7 +9,7 @@ from django.conf import settings
 from django.db import models
 from django.db.models import signals
 
-from audit.changes import current, identity_of
+from audit.changes import current, identity_of, own_block
 from audit.diff import difference, state_of
 
 # Signing in sets the date, and may renew the hash of an unchanged password; neither is a change of configuration.
@@ -46,6 +46,7 @@ def before_save(sender: type[models.Model], instance: models.Model, **kwargs: An
     """Remember the row as the database has it, under the lock of the head."""
     if _signs_in(kwargs.get("update_fields")):
         return
+    instance._audit_block = own_block()  # type: ignore[attr-defined]
     current()
     stored = None if instance._state.adding else sender._base_manager.filter(pk=instance.pk).first()
     instance._audit_before = {} if stored is None else state_of(stored)  # type: ignore[attr-defined]
@@ -55,11 +56,11 @@ def after_save(sender: type[models.Model], instance: models.Model, created: bool
     if _signs_in(kwargs.get("update_fields")):
         return
     before = instance.__dict__.pop("_audit_before", {})
-    difference_made = difference(before, state_of(instance))
-    if created or difference_made:
-        current().add(
-            verb="add" if created else "update", identity=identity_of(instance), changes=difference_made
-        )
+    with instance.__dict__.pop("_audit_block"):
+        difference_made = difference(before, state_of(instance))
+        if created or difference_made:
+            verb = "add" if created else "update"
+            current().add(verb=verb, identity=identity_of(instance), changes=difference_made)
 
 
 def before_delete(sender: type[models.Model], instance: models.Model, **kwargs: Any) -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 SHOWN_FIRST = ("timestamp", "level", "message", "event", "logger")
+QUIET = ("celery.", "audit.tasks")
+"""Loggers whose everyday lines stay in the file: a queue that is well, and the audit log's anchor of every minute."""
+EVERYDAY = ("debug", "info")
 CHUNK = 64 * 1024
 
 
@@ -34,7 +37,9 @@ class LogFile:
             for line in whole:
                 text = line.decode("utf-8", "replace").rstrip()
                 if text and (not self._wanted or any(word in text for word in self._wanted)):
-                    yield f"{self.name:<8} {readable(text)}"
+                    shown = readable(text)
+                    if shown:
+                        yield f"{self.name:<8} {shown}"
 
     def close(self) -> None:
         if self._file is not None:
@@ -73,18 +78,25 @@ class LogFile:
 
 
 def readable(line: str) -> str:
-    """A JSON log line as `time level message name=value ...`; any other line as it is, without control characters."""
+    """A JSON log line as `time level message name=value ...`; any other line as it is, without control characters.
+
+    Empty for what a person at the terminal does not need. Only errors may have more than one line (a traceback).
+    """
     try:
         event = json.loads(line)
     except ValueError:
         return printable(line)
     if not isinstance(event, dict):
         return printable(line)
+    level = str(event.get("level", ""))
+    if level in EVERYDAY and str(event.get("logger", "")).startswith(QUIET):
+        return ""
+    message = str(event.get("message", event.get("event", ""))).strip()
+    if level != "error":
+        message = message.partition("\n")[0]
     time = str(event.get("timestamp", ""))[11:19]
-    message = event.get("message", event.get("event", ""))
     details = [f"{name}={value}" for name, value in event.items() if name not in SHOWN_FIRST]
-    words = [time, str(event.get("level", "")), str(message), *details]
-    return printable(" ".join(word for word in words if word))
+    return printable(" ".join(word for word in (time, level, message, *details) if word))
 
 
 def printable(text: str) -> str:

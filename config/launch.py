@@ -7,23 +7,21 @@ then supervisord with all processes; when the gateway is ready, its addresses; t
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from config import envfile, processes
+from config.claim import AlreadyRunning, Refused, make_data_dir, only_one, refuse_taken_port, write_address
 from config.envfile import ROOT
 from config.follow import LogFile
 from config.greeting import Address, greeting
@@ -32,14 +30,6 @@ SHOWN_PROGRAMS = ("drainer", "worker", "beat", "web")
 READY_SECONDS = 60.0
 TICK_SECONDS = 0.1
 SHORTEST_RUN_SECONDS = 10.0
-
-
-class Refused(Exception):
-    """Why the gateway is not started; one line for a person."""
-
-
-class AlreadyRunning(Exception):
-    """Another launcher has this data directory."""
 
 
 @dataclass
@@ -99,40 +89,6 @@ def launch(stop: Stop, *, dev: bool) -> None:
         keep_running(run, json.loads(manage(run, "first_run", "--json").strip().splitlines()[-1]))
 
 
-def make_data_dir(path: Path) -> Path:
-    """The data directory, private to this user."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.chmod(0o700)
-    except OSError as error:
-        raise Refused(f"DATA_DIR {path} cannot be used: {error.strerror}") from error
-    return path
-
-
-@contextlib.contextmanager
-def only_one(data_dir: Path) -> Iterator[int]:
-    """Hold the data directory; AlreadyRunning says where the launcher that has it listens.
-
-    The lock goes with the process, so a killed launcher leaves none.
-    """
-    lock = os.open(data_dir / "launch.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise AlreadyRunning(
-                os.pread(lock, 500, 0).decode() or "an address that is not known yet"
-            ) from None
-        os.ftruncate(lock, 0)
-        yield lock
-    finally:
-        os.close(lock)
-
-
-def write_address(lock: int, address: Address) -> None:
-    os.pwrite(lock, f"{address.public_url} (process {os.getpid()})".encode(), 0)
-
-
 def prepare(outside: Mapping[str, str], data_dir: Path, stop: Stop, *, dev: bool) -> Run:
     """Read the settings, and say to the programs what they cannot read in `.env`."""
     if dev:
@@ -149,6 +105,8 @@ def prepare(outside: Mapping[str, str], data_dir: Path, stop: Stop, *, dev: bool
         **outside,
         "DATA_DIR": str(data_dir),
         "PYTHONUNBUFFERED": "1",
+        # What packages have to say to their programmers is for those who develop, and for the tests.
+        "PYTHONWARNINGS": outside.get("PYTHONWARNINGS") or ("default" if dev else "ignore"),
         "LOG_FORMAT": "json" if settings.LOG_FORMAT == "auto" else settings.LOG_FORMAT,
         "PENSTOCK_RUN_ROOT": str(ROOT),
         "PENSTOCK_RUN_DIR": str(run_dir),
@@ -197,26 +155,6 @@ def wait_for_former_run(run: Run) -> None:
         if run.stop.asked or time.monotonic() > deadline:
             raise Refused(f"not started: the supervisord behind {run.run_dir} has not ended yet")
         time.sleep(TICK_SECONDS)
-
-
-def refuse_taken_port(address: Address) -> None:
-    try:
-        found = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, where = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise Refused(
-                f"port {address.port} on {address.host} is in use by another program; choose another with: "
-                f"make run PORT={min(address.port + 1, 65535)}"
-            ) from error
-        raise Refused(
-            f"cannot listen on HOST {address.host}, PORT {address.port}: {error.strerror}"
-        ) from error
 
 
 def manage(run: Run, *arguments: str) -> str:
@@ -274,6 +212,7 @@ def watch(
     deadline = time.monotonic() + READY_SECONDS
     while server.running and not run.stop.asked:
         show(run)
+        server.bury_adopted()
         if welcome is not None and is_ready(run.address):
             print(greeting(run.address, welcome, ready=True), flush=True)
             welcome = None

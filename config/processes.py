@@ -93,6 +93,17 @@ class Supervisord:
         with socket.socket(socket.AF_UNIX) as probe:
             return probe.connect_ex(str(self._socket)) == 0
 
+    def bury_adopted(self) -> None:
+        """Reap processes that came to us when a program of ours was killed; supervisord reaps its own."""
+        if sys.platform != "linux" or self._process is None:
+            return
+        with contextlib.suppress(ChildProcessError):
+            # Looked at before it is reaped: how supervisord ended is for `running` to learn.
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if ended.si_pid == self._process.pid:
+                    return
+                os.waitpid(ended.si_pid, os.WNOHANG)
+
     def ask_to_stop(self) -> None:
         if self._process is not None and self.running:
             self._process.terminate()

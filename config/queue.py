@@ -49,7 +49,9 @@ def _mend_key(redis: Any, name: bytes) -> None:
         logger.warning("removed %r from Redis: it is no %s", name, wanted.decode())
         redis.delete(name)
     elif wanted == b"list":
-        _remove(name, [redis.lrem(name, 0, item) for item in redis.lrange(name, 0, -1) if not _is_message(item)])
+        _remove(
+            name, [redis.lrem(name, 0, item) for item in redis.lrange(name, 0, -1) if not _is_message(item)]
+        )
     elif wanted == b"hash":
         items = redis.hgetall(name).items()
         _remove(name, [redis.hdel(name, tag) for tag, item in items if not _is_delivery(item)])
@@ -67,7 +69,11 @@ def _is_message(item: bytes) -> bool:
     try:
         message = json.loads(item)
         properties = message["properties"]
-        return isinstance(properties["delivery_info"], dict) and "delivery_tag" in properties and "body" in message
+        return (
+            isinstance(properties["delivery_info"], dict)
+            and "delivery_tag" in properties
+            and "body" in message
+        )
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
 

@@ -80,6 +80,7 @@ DJANGO_SUPERUSER_EMAIL = env.text("DJANGO_SUPERUSER_EMAIL")
 # -- applications ----------------------------------------------------------------------------------------------------
 
 INSTALLED_APPS = [
+    "config",  # first, so that its commands win over Django's of the same name
     "daphne",
     "unfold",
     "unfold.contrib.filters",
@@ -103,7 +104,6 @@ INSTALLED_APPS = [
     "audit",
     "providers",
     "proxy",
-    "config",
 ]
 
 MIDDLEWARE = [

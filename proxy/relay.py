@@ -31,7 +31,7 @@ from proxy.reading import AnswerReader
 from proxy.selection import Candidate
 
 MAX_DIALS = 3
-MAX_PLAIN_BYTES = 32 * 1024 * 1024
+MAX_PLAIN_BYTES = 24 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 ENDING_SECONDS = 0.5
 """How long a finished stream is waited for, for its usage and its `[DONE]`."""

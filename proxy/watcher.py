@@ -107,18 +107,24 @@ class Watcher:
     def refresh(self) -> None:
         """One look at the database; rebuilds what is due. Raises DatabaseError when it is away."""
         now = self._clock()
-        version = Head.objects.values_list("seq", flat=True).get(pk=1)
+        with postgres.SERVER.patience(ANSWER_SECONDS):
+            version = Head.objects.values_list("seq", flat=True).get(pk=1)
+        postgres.SERVER.away = False
         # `!=`, not `>`: after a restore from a backup the number may be lower.
         changed = version != self.snapshot.version or not self._built_at
         if changed and (not self._built_at or now - self._built_at >= REBUILD_SECONDS):
-            self.snapshot = snapshots.build()
+            with postgres.SERVER.patience(BUILD_ANSWER_SECONDS):
+                self.snapshot = snapshots.build()
             self._built_at = now
             self.on_change()
-        if now - self._weather_at >= WEATHER_SECONDS:
-            self.weather = weathers.read()
-            self._weather_at = now
-        self._report()
-        self.answered_at = self._clock()
+        with postgres.SERVER.patience(ANSWER_SECONDS):
+            if now - self._weather_at >= WEATHER_SECONDS:
+                self.weather = weathers.read()
+                self.read_only = _is_read_only()
+                self._weather_at = now
+            # What was read is good, also where nothing can be written back.
+            self.answered_at = self._clock()
+            self._report()
 
     def _report(self) -> None:
         """Write back what requests saw; what cannot be written is kept for the next look."""
@@ -146,9 +152,9 @@ class Watcher:
                 failing = False
             except Exception as error:
                 if not failing:
-                    logger.warning(
-                        "configuration is served from memory: %s", type(error).__name__, exc_info=error
-                    )
+                    # Of a mistake of ours the place is needed; a database that is away is told in a line.
+                    trace = None if isinstance(error, DatabaseError) else error
+                    logger.warning("configuration is served from memory: %s", error, exc_info=trace)
                 failing = True
                 self._judge(error)
                 _drop_connection()

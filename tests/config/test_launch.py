@@ -164,6 +164,19 @@ def test_json_lines_are_shown_readable_and_cannot_steer_the_terminal() -> None:
     assert readable("plain \x07 line") == "plain ? line"
 
 
+def test_everyday_lines_of_the_queue_stay_in_the_file_and_its_troubles_are_shown() -> None:
+    event = {"logger": "celery.worker.consumer", "level": "info", "message": "ready"}
+    assert readable(json.dumps(event)) == ""
+    assert readable(json.dumps({**event, "level": "warning"})) == "warning ready"
+    assert readable(json.dumps({**event, "logger": "providers.health"})) == "info ready"
+
+
+def test_one_event_is_one_line_unless_it_is_an_error() -> None:
+    event = {"level": "warning", "message": "lost\nand much advice\n"}
+    assert readable(json.dumps(event)) == "warning lost"
+    assert readable(json.dumps({**event, "level": "error"})) == "error lost\nand much advice"
+
+
 def test_logs_are_followed_through_rotation_without_losing_or_repeating_a_line(tmp_path: Path) -> None:
     path = tmp_path / "web.log"
     path.write_text("before the start\n")
@@ -272,6 +285,14 @@ def children_with(pid: int, words: str) -> list[int]:
     return [int(child) for child in children if words in command_line(int(child))]
 
 
+def ended(pid: int) -> bool:
+    """Whether the process is dead and nobody has reaped it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
+
+
 def command_line(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
@@ -369,6 +390,12 @@ class TestRunning:
         os.kill(before, signal.SIGKILL)
         assert eventually(lambda: running.program(words) not in {0, before})
         assert eventually(lambda: answers(running.port)), running.output
+        assert eventually(lambda: not [pid for pid in children_with(running.process.pid, "") if ended(pid)])
+
+    def test_the_terminal_is_calm(self, running: Launched) -> None:
+        """Nothing but our own lines: no packages that warn, no tracebacks, whatever was killed before."""
+        words = ("Warning", "Traceback", "superuser privileges", "audit head", "celery@")
+        assert not [line for line in running.output.splitlines() if any(word in line for word in words)]
 
 
 class TestStarting:

@@ -249,3 +249,29 @@ def test_every_name_in_the_example_is_documented_and_no_secret_has_a_value() -> 
 def test_git_keeps_secrets_and_data_out() -> None:
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     assert {"/.env", "/var/", "/.venv*/"} <= set(ignored)
+
+
+def test_checks_do_not_ask_the_database_of_this_checkout(tmp_path: Path) -> None:
+    """`make build` and `make check` work beside a gateway whose database holds a keyring."""
+    import sqlite3
+
+    database = tmp_path / "penstock.sqlite3"
+    with sqlite3.connect(database) as connection:
+        connection.execute("CREATE TABLE providers_keyring (id)")
+        connection.execute("INSERT INTO providers_keyring VALUES (1)")
+    connection.close()
+    check = tmp_path / "check"
+    subprocess.run(
+        [
+            "make",
+            "-C",
+            str(ROOT),
+            f"CHECK_DIR={check}",
+            f"BIN={Path(sys.executable).parent}",
+            str(check / "env"),
+        ],
+        env={"PATH": os.environ["PATH"], "DATA_DIR": str(tmp_path)},
+        capture_output=True,
+        check=True,
+    )
+    assert "PENSTOCK_ENCRYPTION_KEY=" in (check / "env").read_text()
