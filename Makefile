@@ -36,7 +36,7 @@ install: $(VENV)/.installed ## Create .venv and install the locked runtime depen
 
 .PHONY: build
 build: $(VENV)/.installed $(CHECK_DIR)/env ## Collect static files into the data directory and write openapi.yaml
-	$(BIN)/python manage.py collectstatic --no-input
+	$(BIN)/python manage.py collectstatic --no-input --verbosity 0
 	$(CHECK_MANAGE) spectacular --validate --fail-on-warn --file openapi.yaml
 
 .PHONY: lock

@@ -23,8 +23,8 @@ which may lead to another server (https://www.postgresql.org/docs/current/errcod
 
 
 class Silence:
-    """What this process knows of its server. away: it did not answer the last question of somebody who asks all the time;
-    then nobody else waits for it. at_most: seconds that any wait may last from now on.
+    """What this process knows of its server. away: it did not answer one who asks all the time; then nobody else waits for it
+    until he says that it answers again. at_most: seconds that any wait may last from now on.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Silence:
 
     @contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
-        """This thread waits so long for each answer within the block, whatever is known of the server."""
+        """This thread waits so long for each answer within the block, whatever is known of the server, and judges for all."""
         before = getattr(self._own, "seconds", None)
         self._own.seconds = seconds
         try:
@@ -44,9 +44,12 @@ class Silence:
 
     def given_up(self, waited: float) -> bool:
         own: float | None = getattr(self._own, "seconds", None)
-        if own is not None:
-            return waited >= min(own, self.at_most)
-        return self.away or waited >= self.at_most
+        if own is None:
+            return self.away or waited >= self.at_most
+        if waited < min(own, self.at_most):
+            return False
+        self.away = True
+        return True
 
 
 SERVER = Silence()

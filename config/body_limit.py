@@ -24,7 +24,7 @@ class BodyLimit:
     """An ASGI application that answers 413 for a body above DATA_UPLOAD_MAX_MEMORY_SIZE, before it is read where its
     length was told; and 401 for what a stranger sends beyond a login."""
 
-    def __init__(self, application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, application: Callable[[Any, Receive, Any], Awaitable[None]]) -> None:
         self._application = application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

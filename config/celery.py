@@ -26,6 +26,7 @@ def keep_our_logging(**kwargs: Any) -> None:
 def refuse_wrong_key(**kwargs: Any) -> None:
     """A wrong setting or encryption key ends the process with one line, before anything is done."""
     from django.conf import settings
+    from django.db import DatabaseError
 
     from config.env import refuse_wrong_settings
     from providers import keyring
@@ -37,6 +38,11 @@ def refuse_wrong_key(**kwargs: Any) -> None:
         keyring.load()
     except keyring.WrongEncryptionKey as error:
         print(f"penstock: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except DatabaseError as error:
+        # Whoever started us starts us again.
+        said = " ".join(str(error).split()) or type(error).__name__
+        print(f"penstock: the database cannot be read: {said}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

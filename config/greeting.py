@@ -9,7 +9,7 @@ from typing import Any
 
 KEY_HINT = (
     "Stream an answer, with your gateway key in PENSTOCK_GATEWAY_KEY "
-    "(`.venv/bin/python manage.py issue_key` makes another):"
+    "(`.venv/bin/python manage.py issue_key NAME` makes another):"
 )
 
 

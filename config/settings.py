@@ -241,6 +241,12 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 3600.0,
         "options": {"expires": 1800},
     },
+    # Every hour, since beat may be down when the day begins; only the first tick of a day does something.
+    "forget-logins": {
+        "task": "config.tasks.forget_logins",
+        "schedule": 3600.0,
+        "options": {"expires": 1800},
+    },
     "anchor-head": {"task": "audit.tasks.anchor_head", "schedule": 60.0, "options": {"expires": 50}},
 }
 

@@ -19,6 +19,8 @@ class Docs(SpectacularSwaggerSplitView):
 
 urlpatterns = [
     path("", RedirectView.as_view(url="/admin/"), name="start"),
+    # APPEND_SLASH is off, since nothing else is to redirect; but this is what people type.
+    path("admin", RedirectView.as_view(url="/admin/"), name="admin-without-slash"),
     path("admin/", admin.site.urls),
     re_path(r"^ping/?$", PingView.as_view(), name="ping"),
     re_path(r"^api/(?:v1/)?schema/?$", SpectacularAPIView.as_view(), name="schema"),

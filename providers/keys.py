@@ -48,11 +48,13 @@ def opened(key: ApiKey) -> Secret:
     return keyring.current().open(credential.stored, aad=_aad(key, key.provider))
 
 
-def write_default(provider: Provider, value: str, *, created_by: str = "") -> ApiKey:
-    """Store `value` as the provider's default key, made now if it has none; a vendor's first key enables it."""
-    key = provider.keys.filter(is_default=True).first() or ApiKey(
-        provider=provider, name=_free_name(provider), is_default=True, created_by=created_by
-    )
+def write_default(provider: Provider, value: str, *, created_by: str = "", enable: bool = True) -> ApiKey:
+    """Store `value` as the provider's default key, made now if it has none, which is as `add` does it."""
+    key = provider.keys.filter(is_default=True).first()
+    if key is None:
+        key = ApiKey(provider=provider, name=_free_name(provider), is_default=True, created_by=created_by)
+        add(key, value, enable=enable)
+        return key
     key.provider = provider
     key.enabled = True
     store(key, value)
@@ -61,16 +63,20 @@ def write_default(provider: Provider, value: str, *, created_by: str = "") -> Ap
     return key
 
 
-def add(key: ApiKey, value: str) -> None:
-    """Save a new key with its secret; the first key of a provider becomes its default and enables a vendor."""
+def add(key: ApiKey, value: str, *, enable: bool = True) -> None:
+    """Save a new key with its secret. The first key of a provider becomes its default and enables a vendor.
+
+    enable: False where somebody says in the same breath that the vendor is to stay as it is.
+    """
     provider = key.provider
     first = not provider.keys.exists()
     key.is_default = key.is_default or first
     if key.is_default:
         clear_default(provider, but=key)
     store(key, value)
+    key.full_clean(validate_constraints=False)
     key.save()
-    if first and not provider.enabled and not provider.self_hosted:
+    if enable and first and not provider.enabled and not provider.self_hosted:
         provider.enabled = True
         provider.save()
 

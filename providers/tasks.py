@@ -46,6 +46,8 @@ SPACING = timedelta(seconds=1)
 CANDIDATES = 2000
 HISTORY = timedelta(days=7)
 KEEP_TICKS = 300
+KEEP_RUNS = timedelta(days=2)
+"""Longer than the tick of any job lasts, the longest being a day."""
 MODELS_SECONDS = 3600
 PURGE_BATCH = 1000
 
@@ -54,7 +56,7 @@ PURGE_BATCH = 1000
 def probe_due() -> None:
     """Probe the providers that are due, unless somebody does it already."""
     tick = int(time.time())
-    if not _take(PROBE_JOB, tick):
+    if not take(PROBE_JOB, tick):
         return
     if tick % 60 == 0:
         JobRun.objects.filter(name=PROBE_JOB, tick__lt=tick - KEEP_TICKS).delete()
@@ -74,7 +76,7 @@ def probe_due() -> None:
 
 @shared_task(name="providers.tasks.purge_history")
 def purge_history() -> None:
-    """Forget probes older than a week and ticks older than a day, a batch at a time; the next hour does what is left."""
+    """Forget probes older than a week and ticks older than two days, a batch at a time; the next hour does what is left."""
     until = time.monotonic() + RUN_SECONDS
     now = timezone.now()
     while time.monotonic() < until:
@@ -84,13 +86,13 @@ def purge_history() -> None:
         if not old:
             break
         HealthCheck.objects.filter(pk__in=old).delete()
-    JobRun.objects.filter(started_at__lt=now - timedelta(days=1)).delete()
+    JobRun.objects.filter(started_at__lt=now - KEEP_RUNS).delete()
 
 
 # -- who runs ----------------------------------------------------------------------------------------------------------
 
 
-def _take(name: str, tick: int) -> bool:
+def take(name: str, tick: int) -> bool:
     """Whether this tick of this job is ours: the first to insert its row has it."""
     try:
         with transaction.atomic():
@@ -103,7 +105,7 @@ def _take(name: str, tick: int) -> bool:
 def _begin_run() -> datetime | None:
     """Become the one run there is; None while another one is at work. A dead one's place is free after the lease."""
     now = timezone.now()
-    if _take(RUN, 0):
+    if take(RUN, 0):
         return JobRun.objects.filter(name=RUN, tick=0).values_list("started_at", flat=True).first()
     overtaken = JobRun.objects.filter(name=RUN, tick=0, started_at__lt=now - LEASE).update(started_at=now)
     return now if overtaken else None
@@ -203,7 +205,7 @@ def _wants_models(state: ProviderHealth, now: datetime) -> bool:
         state.health_status == Verdict.HEALTHY and state.changed_at is not None and state.changed_at >= now
     )
     name, tick = f"{MODELS_JOB}:{state.pk}", int(now.timestamp() + 61 * state.pk) // MODELS_SECONDS
-    due = not JobRun.objects.filter(name=name, tick=tick).exists() and _take(name, tick)
+    due = not JobRun.objects.filter(name=name, tick=tick).exists() and take(name, tick)
     return came_back or due
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connection, transaction
 from django.utils import timezone
 
-from proxy import segments
+from proxy import key_use, segments
 from proxy.models.usage import SpoolSegment, UsageStatus
 from proxy.usage_rows import Row, insert, usage_row
 
@@ -180,7 +180,7 @@ def _insert(name: str, records: list[dict[str, Any]]) -> int:
         with transaction.atomic():
             SpoolSegment.objects.create(name=name, drained_at=timezone.now(), records=len(rows))
             for first in range(0, len(rows), BATCH):
-                insert(rows[first : first + BATCH])
+                key_use.count(insert(rows[first : first + BATCH]))
     except (DataError, IntegrityError, ValueError) as error:
         if SpoolSegment.objects.filter(name=name).exists():
             return 0  # somebody else inserted it between our question and our answer
@@ -197,7 +197,7 @@ def _insert_singly(name: str, rows: list[Row]) -> int:
         for row in rows:
             try:
                 with transaction.atomic():
-                    insert([row])
+                    key_use.count(insert([row]))
             except (DataError, IntegrityError, ValueError):
                 rejected += 1
                 logger.exception("usage record %s was rejected", row["id"])

@@ -63,15 +63,15 @@ def usage_row(record: Mapping[str, Any]) -> Row | None:
     return {"id": key, "cost_nanodollars": None, "price_id": None, **values}
 
 
-def insert(rows: Sequence[Row]) -> None:
-    """Insert rows in one statement; those that are there already are left as they are.
+def insert(rows: Sequence[Row]) -> list[Row]:
+    """Insert rows in one statement; those that are there already are left as they are. The rows that were new.
 
     Not `bulk_create`: preparing 31 columns one by one costs 100 us a row, and PostgreSQL as much again to parse them.
     An array per column (PostgreSQL) and a prepared statement (SQLite) replay the spool several times as fast. And where
     SQLite's INSERT OR IGNORE would drop a row that breaks any rule, this one only passes over an id that is known.
     """
     if not rows:
-        return
+        return []
     # Only names of our own columns and types are put into the text.
     into = f"INSERT INTO {_quoted(UsageRecord._meta.db_table)} ({', '.join(map(_quoted, COLUMNS))})"
     with connection.cursor() as cursor:
@@ -82,15 +82,21 @@ def insert(rows: Sequence[Row]) -> None:
             )
             arrays = ", ".join(f"%s::{kind}[]" for kind in kinds)
             cursor.execute(
-                f"{into} SELECT * FROM UNNEST({arrays}) ON CONFLICT (id) DO NOTHING",  # noqa: S608  # see above
+                f"{into} SELECT * FROM UNNEST({arrays}) ON CONFLICT (id) DO NOTHING RETURNING id",  # noqa: S608  # see above
                 [[_json(row[name]) if name == "trace" else row[name] for row in rows] for name in COLUMNS],
             )
+            new = {key for (key,) in cursor.fetchall()}
         else:
+            # Nobody else writes before we commit, so what is not there now is new.
+            known = set(UsageRecord.objects.filter(id__in=[row["id"] for row in rows]).values_list("id", flat=True))
+            new = {row["id"] for row in rows} - known
             marks = ", ".join(["%s"] * len(COLUMNS))
             cursor.executemany(
                 f"{into} VALUES ({marks}) ON CONFLICT (id) DO NOTHING",
                 [[_for_sqlite(name, row[name]) for name in COLUMNS] for row in rows],
             )
+    # An id that comes twice in one batch is one row.
+    return list({row["id"]: row for row in reversed(rows) if row["id"] in new}.values())
 
 
 def _quoted(name: str) -> str:

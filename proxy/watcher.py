@@ -161,8 +161,8 @@ class Watcher:
         _drop_connection()
 
     def _judge(self, error: Exception) -> None:
-        """After a failure: whether it is the server's, so that nobody else waits for it either."""
-        away = isinstance(error, OperationalError | InterfaceError) and self.silence > ANSWER_SECONDS
+        """Whether the server is away for longer than a restart takes, so that nobody else need find out for himself."""
+        away = isinstance(error, OperationalError | InterfaceError) and not self.fresh
         if away and connection.vendor == "postgresql":
             postgres.SERVER.away = True
 

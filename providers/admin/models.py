@@ -9,6 +9,7 @@ from django.http import HttpRequest
 
 from audit.admin import AuditedAdmin
 from providers.admin.forms import ModelForm
+from providers.catalog import FACTS
 from providers.models import UpstreamModel
 
 
@@ -24,6 +25,11 @@ class UpstreamModelAdmin(AuditedAdmin):
     @admin.display(description="Used for")
     def served_for(self, model: UpstreamModel) -> str:
         return ", ".join(model.purposes) or "-"
+
+    def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
+        if set(form.changed_data) & set(FACTS):
+            obj.take_over()
+        super().save_model(request, obj, form, change)
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
         return ("provider", "name") if obj is not None else ()

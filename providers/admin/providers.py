@@ -18,7 +18,7 @@ from providers.admin.badges import badge, health_badge
 from providers.admin.forms import ServerForm, VendorForm
 from providers.admin.health import HealthViews
 from providers.admin.places import uses_of_providers
-from providers.models import ApiKey, HealthCheck, KeyUse, Provider, ProviderHealth, Server, UpstreamModel
+from providers.models import HealthCheck, KeyUse, Provider, ProviderHealth, Server, UpstreamModel
 
 PURPOSES = ("use_for_chat", "use_for_embeddings", "use_for_reranking")
 TIMEOUTS = (
@@ -119,11 +119,7 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
     def _store_key(self, request: HttpRequest, obj: Any, value: str, *, moved: bool) -> None:
         author, was_enabled = request.user.get_username(), obj.enabled
         provider = Provider.objects.get(pk=obj.pk)
-        if provider.keys.exists():
-            key = keys.write_default(provider, value, created_by=author)
-        else:
-            key = ApiKey(provider=provider, name=keys.DEFAULT_NAME, created_by=author)
-            keys.add(key, value)
+        key = keys.write_default(provider, value, created_by=author)
         if moved:
             keys.disable_left_behind(provider, but=key)
         if provider.enabled and not was_enabled:

@@ -124,7 +124,7 @@ class ProviderSerializer(StrictSerializer[P]):
         provider.full_clean()
         provider.save()
         if api_key:
-            self._write_key(provider, api_key)
+            self._write_key(provider, api_key, enable="enabled" not in values)
         self._write_models(provider, models)
         return provider
 
@@ -136,23 +136,19 @@ class ProviderSerializer(StrictSerializer[P]):
             raise serializers.ValidationError(
                 {"api_key": ["Enter the key again: base_url now leads to another scheme, host or port."]}
             )
-        enable = bool(api_key) and "enabled" not in values and self._awaits_key(provider)
-        self.put(provider, {**values, "enabled": True} if enable else values)
+        self.put(provider, values)
         if api_key:
-            key = self._write_key(provider, api_key)
+            key = self._write_key(provider, api_key, enable="enabled" not in values)
             if moves:
                 keys.disable_left_behind(provider, but=key)
         self._write_models(provider, models)
         return provider
 
-    @staticmethod
-    def _awaits_key(provider: P) -> bool:
-        """A vendor's first key enables it."""
-        return not provider.enabled and not provider.self_hosted and not provider.keys.exists()
-
-    def _write_key(self, provider: P, value: str) -> ApiKey:
+    def _write_key(self, provider: P, value: str, *, enable: bool) -> ApiKey:
         with blaming("api_key"):
-            return keys.write_default(provider, value, created_by=self.user.get_username())
+            return keys.write_default(
+                provider, value, created_by=self.user.get_username(), enable=enable
+            )
 
     @staticmethod
     def _write_models(provider: P, models: list[dict[str, Any]] | None) -> None:

@@ -11,6 +11,7 @@ from rest_framework import exceptions, serializers
 
 from audit import roles
 from providers import keys
+from providers.catalog import FACTS
 from providers.models import Provider, UpstreamModel
 
 PURPOSES = ("chat", "embeddings", "reranking")
@@ -96,6 +97,8 @@ def write_models(provider: Provider, wanted: Sequence[dict[str, Any]]) -> None:
 def _write_model(model: UpstreamModel, columns: dict[str, Any]) -> None:
     if model.pk and all(getattr(model, name) == value for name, value in columns.items()):
         return
+    if any(name in FACTS and getattr(model, name) != value for name, value in columns.items()):
+        model.take_over()
     for name, value in columns.items():
         setattr(model, name, value)
     model.full_clean(validate_unique=False, validate_constraints=False)

@@ -275,5 +275,9 @@ class UpstreamModel(models.Model):
     def __str__(self) -> str:
         return self.name
 
+    def take_over(self) -> None:
+        """A person wrote down what it can do, so what the provider tells of it no longer counts. Does not save."""
+        self.source = self.Source.MANUAL
+
     def audit_identity(self) -> Identity:
         return Identity("model", str(self.pk), f"{self.provider.slug}/{self.name}", "model")

@@ -91,7 +91,7 @@ class GatewayKey(Versioned):
 
 
 class GatewayKeyUse(models.Model):
-    """When a key was last used; written at most once a minute by the drainer."""
+    """What a key has done so far; written by the drainer."""
 
     gateway_key = models.OneToOneField(
         GatewayKey, on_delete=models.CASCADE, related_name="use", primary_key=True

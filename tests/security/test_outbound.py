@@ -48,7 +48,13 @@ FORBIDDEN = [
 ]
 SPELLINGS = ["http://127.1/v1", "http://2130706433/v1", "http://0x7f000001/v1", "http://0177.0.0.1/v1"]
 """Of an address that is allowed; refused when saved, since nobody means to write it so."""
-NO_HTTP = ["file:///etc/passwd", "gopher://127.0.0.1/", "unix:///run/x.sock", "ftp://127.0.0.1/", "//127.0.0.1/v1"]
+NO_HTTP = [
+    "file:///etc/passwd",
+    "gopher://127.0.0.1/",
+    "unix:///run/x.sock",
+    "ftp://127.0.0.1/",
+    "//127.0.0.1/v1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,9 @@ def wait_for_probes(root: httpx.Client, slugs: set[str], seconds: float = 40.0) 
     deadline = time.monotonic() + seconds
     while True:
         rows = root.get("/api/v1/servers?page_size=200").json()["results"]
-        seen = {row["slug"]: row["status"] for row in rows if row["slug"] in slugs and row["last_health_check"]}
+        seen = {
+            row["slug"]: row["status"] for row in rows if row["slug"] in slugs and row["last_health_check"]
+        }
         if seen.keys() == slugs:
             return seen
         assert time.monotonic() < deadline, slugs - seen.keys()

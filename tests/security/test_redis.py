@@ -116,7 +116,9 @@ def test_r56_what_is_written_into_redis_is_not_run_not_believed_and_does_not_sto
                     client.post("/v1/chat/completions", json=HELLO).raise_for_status()
                 before = probes()
                 wait(lambda before=before: probes() > before + 2, gateway)  # type: ignore[misc]
-            assert client.get("/v1/models", headers={"Authorization": f"Bearer {STRANGER}"}).status_code == 401
+            assert (
+                client.get("/v1/models", headers={"Authorization": f"Bearer {STRANGER}"}).status_code == 401
+            )
             for cookie in ("penstock_session=root", "sessionid=root"):
                 answer = client.get("/api/v1/providers", headers={"Authorization": "", "Cookie": cookie})
                 assert answer.status_code == 401

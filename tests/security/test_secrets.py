@@ -95,7 +95,13 @@ def test_r01_redis_holds_no_secret() -> None:
         names = store.keys("*")
         assert any(name.startswith(b"penstock:limit:") for name in names)
         held = b"".join(name + (store.dump(name) or b"") + _plain(store, name) for name in names)
-    secrets = (provider_key, key, key[19:51], gateway.env["PENSTOCK_ENCRYPTION_KEY"], gateway.env["SECRET_KEY"])
+    secrets = (
+        provider_key,
+        key,
+        key[19:51],
+        gateway.env["PENSTOCK_ENCRYPTION_KEY"],
+        gateway.env["SECRET_KEY"],
+    )
     assert not [secret for secret in secrets if any(form in held for form in spellings(secret))]
 
 
@@ -122,7 +128,12 @@ def test_r60_a_new_installation_has_neither_people_nor_keys(plain: Gateway) -> N
         )
     assert printed.splitlines()[-1] == "0 0 0 0"
     with plain.client() as client:
-        for name, password in (("admin", "admin"), ("root", "root"), ("admin", "penstock"), ("admin", "123456")):
+        for name, password in (
+            ("admin", "admin"),
+            ("root", "root"),
+            ("admin", "penstock"),
+            ("admin", "123456"),
+        ):
             answer = client.post("/api/v1/auth/token", json={"username": name, "password": password})
             assert answer.status_code == 401
         for key in ("sk-1234", "pen_live_" + "0" * 42 + "_000000", "sk-test", "changeme"):

@@ -23,7 +23,7 @@ KNOWN = {"distutils-precedence.pth", "a1_coverage.pth"}
 def test_r57_no_unexpected_code_runs_when_python_starts() -> None:
     folder = Path(sysconfig.get_paths()["purelib"])
     owned = {
-        str(file.locate().resolve())
+        str(Path(str(file.locate())).resolve())
         for distribution in importlib.metadata.distributions(path=[str(folder)])
         for file in distribution.files or ()
         if file.name.endswith(".pth")

@@ -1,0 +1,28 @@
+"""Periodic work on the tables of packages that do not tidy up by themselves."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from axes.models import AccessAttempt, AccessFailureLog, AccessLog
+from celery import shared_task
+from django.core.management import call_command
+from django.utils import timezone
+
+from providers.tasks import take
+
+JOB = "forget_logins"
+DAY = 24 * 3600
+KEEP_ATTEMPTS = timedelta(days=1)
+"""Far longer than AXES_COOLOFF_TIME, after which an attempt counts no more."""
+
+
+@shared_task(name="config.tasks.forget_logins")
+def forget_logins() -> None:
+    """Once a day, whoever ticks: forget refresh tokens that have expired, and old attempts to log in."""
+    now = timezone.now()
+    if not take(JOB, int(now.timestamp()) // DAY):
+        return
+    call_command("flushexpiredtokens")
+    for model in (AccessAttempt, AccessFailureLog, AccessLog):
+        model.objects.filter(attempt_time__lt=now - KEEP_ATTEMPTS).delete()

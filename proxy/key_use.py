@@ -1,0 +1,67 @@
+"""What keys have done so far, added up from usage records as they are inserted: the sums that lists of keys show.
+
+It runs in the transaction of the insert, so each record is counted when it is there, and once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from django.db import models
+from django.db.models import F, Value
+from django.db.models.functions import Coalesce, Greatest
+
+from providers.models import ApiKey, KeyUse
+from proxy.models import GatewayKey, GatewayKeyUse
+from proxy.usage_rows import Row
+
+
+@dataclass(slots=True)
+class Sum:
+    """Of one key. cost: nano-dollars, of the attempts whose price is known."""
+
+    last_used_at: datetime
+    requests: int = 0
+    tokens: int = 0
+    cost: int = 0
+
+
+def count(rows: Iterable[Row]) -> None:
+    """Add new usage rows to the sums of their keys. A key that was deleted meanwhile has none."""
+    api_keys: dict[int, Sum] = {}
+    gateway_keys: dict[int, Sum] = {}
+    for row in rows:
+        # A request that went to two providers is two attempts of one request of the gateway key.
+        _add(api_keys, row["api_key_id"], row, 1)
+        _add(gateway_keys, row["gateway_key_id"], row, int(row["attempt"] == 1))
+    # In order, so that two drainers never wait for each other.
+    for pk, one in sorted(api_keys.items()):
+        sums = {"requests_count": one.requests, "tokens_used": one.tokens, "cost_nanodollars": one.cost}
+        _store(ApiKey, KeyUse, pk, one, sums)
+    for pk, one in sorted(gateway_keys.items()):
+        _store(GatewayKey, GatewayKeyUse, pk, one, {"requests_count": one.requests})
+
+
+def _add(sums: dict[int, Sum], pk: int | None, row: Row, requests: int) -> None:
+    if pk is None:
+        return
+    one = sums.setdefault(pk, Sum(row["created_at"]))
+    one.last_used_at = max(one.last_used_at, row["created_at"])
+    one.requests += requests
+    one.tokens += row["prompt_tokens"] + row["completion_tokens"]
+    one.cost += row["cost_nanodollars"] or 0
+
+
+def _store(
+    keys: type[models.Model], uses: type[models.Model], pk: int, one: Sum, sums: dict[str, int]
+) -> None:
+    last = Value(one.last_used_at, models.DateTimeField())
+    changed: dict[str, Any] = {name: F(name) + more for name, more in sums.items()}
+    changed["last_used_at"] = Greatest(Coalesce("last_used_at", last), last)
+    row = uses._default_manager.filter(pk=pk)
+    if not row.update(**changed) and keys._default_manager.filter(pk=pk).exists():
+        uses._default_manager.get_or_create(pk=pk)
+        row.update(**changed)
