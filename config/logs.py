@@ -112,6 +112,8 @@ def configuration(*, level: str, style: str) -> dict[str, Any]:
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "penstock"}},
         "root": {"handlers": ["stderr"], "level": level},
         "loggers": {
+            # Django's own handler for DEBUG would say everything twice.
+            "django": {"handlers": []},
             # These say at INFO or DEBUG what our own lines already say, some of them with headers.
             "httpx": {"level": "WARNING"},
             "httpcore": {"level": "WARNING"},

@@ -18,6 +18,9 @@ from providers.models import ApiKey, KeyUse
 from proxy.models import GatewayKey, GatewayKeyUse
 from proxy.usage_rows import Row
 
+MOST = 2**45
+"""What one attempt can add: a provider may tell any number, and the sums are 64 bits wide."""
+
 
 @dataclass(slots=True)
 class Sum:
@@ -51,8 +54,8 @@ def _add(sums: dict[int, Sum], pk: int | None, row: Row, requests: int) -> None:
     one = sums.setdefault(pk, Sum(row["created_at"]))
     one.last_used_at = max(one.last_used_at, row["created_at"])
     one.requests += requests
-    one.tokens += row["prompt_tokens"] + row["completion_tokens"]
-    one.cost += row["cost_nanodollars"] or 0
+    one.tokens += min(row["prompt_tokens"] + row["completion_tokens"], MOST)
+    one.cost += min(row["cost_nanodollars"] or 0, MOST)
 
 
 def _store(

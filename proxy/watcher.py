@@ -60,7 +60,7 @@ class Watcher:
         self.read_only = False
         self.snapshot = Snapshot()
         self.weather = Weather()
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: Callable[[], object] = lambda: None
 
     # -- asked by requests -------------------------------------------------------------------------------------------
 

@@ -44,20 +44,21 @@ class OwnerField(serializers.Field[Any, Any, Any, Any]):
 
 class GatewayKeySerializer(StrictSerializer[GatewayKey]):
     aliases: ClassVar = {"is_active": "enabled"}
-    volatile: ClassVar = frozenset({"last_used_at", "updated_at"})
+    volatile: ClassVar = frozenset({"requests_count", "last_used_at", "updated_at"})
 
     owner = OwnerField(required=False, allow_null=True)
     is_active = serializers.BooleanField(
         source="enabled", required=False, help_text="Another name of `enabled`."
     )
     prefix = serializers.CharField(read_only=True)
+    requests_count = serializers.IntegerField(source="use.requests_count", read_only=True)
     last_used_at = serializers.DateTimeField(source="use.last_used_at", read_only=True, allow_null=True)
 
     class Meta:
         model = GatewayKey
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
-            "max_concurrency", "allowed_models", "allowed_networks", "expires_at", "revoked_at", "last_used_at",
+            "max_concurrency", "allowed_models", "allowed_networks", "expires_at", "revoked_at", "requests_count", "last_used_at",
             "created_by", "created_at", "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "created_by")

@@ -236,6 +236,8 @@ class Launched:
     folder: where `.env` and the data are; a second one on the same folder continues the first.
     """
 
+    arguments: tuple[str, ...] = ()
+
     def __init__(self, folder: Path, *, port: int, **environment: str) -> None:
         self.folder = folder
         self.port = port
@@ -252,7 +254,10 @@ class Launched:
     def again(self) -> Process:
         """One more launcher on the same folder."""
         return Process(
-            [sys.executable, "-m", "config.launch"], name="launcher", env=self.environment, cwd=REPOSITORY
+            [sys.executable, "-m", "config.launch", *self.arguments],
+            name="launcher",
+            env=self.environment,
+            cwd=REPOSITORY,
         )
 
     @property
@@ -278,6 +283,12 @@ class Launched:
             check=True,
         )
         return printed.stdout.splitlines()
+
+
+class LaunchedForDevelopment(Launched):
+    """As `make dev` starts it."""
+
+    arguments = ("--dev",)
 
 
 def children_with(pid: int, words: str) -> list[int]:
@@ -413,6 +424,15 @@ class TestStarting:
         assert "$PENSTOCK_GATEWAY_KEY" in second.output
         assert (tmp_path / ".env").read_bytes() == secrets
         assert stopped_by(second, signal.SIGTERM)
+
+    def test_development_starts_the_gateway_too_and_says_everything_once(self, tmp_path: Path) -> None:
+        launched = LaunchedForDevelopment(tmp_path, port=free_port())
+        launched.wait_for("Penstock is ready.", timeout=90)
+        assert answers(launched.port, "/api/health")
+        launched.wait_for("HTTP GET /api/health 200")
+        assert launched.output.count("HTTP GET /api/health 200") == 1
+        assert "/readyz" not in launched.output
+        assert stopped_by(launched, signal.SIGINT)
 
     def test_a_killed_launcher_takes_its_processes_with_it(self, tmp_path: Path) -> None:
         launched = Launched(tmp_path, port=free_port())

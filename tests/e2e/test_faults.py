@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
 import signal
@@ -56,6 +57,10 @@ def records(gateway: Gateway) -> list[str]:
     found: list[str] = json.loads(gateway.shell(code).splitlines()[-1])
     assert len(set(found)) == len(found)
     return found
+
+
+def count(gateway: Gateway) -> int:
+    return int(gateway.shell("from proxy.models import UsageRecord; print(UsageRecord.objects.count())"))
 
 
 def administrator(gateway: Gateway) -> None:
@@ -292,3 +297,158 @@ def test_f24_a_database_that_became_read_only_refuses_changes_clearly_and_is_fou
         wait(lambda: client.get("/readyz").json()["details"]["database"] == "ok", "not ready again")
     assert load.seen and not load.failed
     wait(lambda: load.served <= set(records(gateway)), gateway.logs("drainer")[-3000:], 20)
+
+
+# -- F27: SQLite -----------------------------------------------------------------------------------------------------
+
+BUSY_SECONDS = 8
+
+
+def text_of_stream(gateway: Gateway, key: str) -> str:
+    with (
+        gateway.client(key) as client,
+        client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response,
+    ):
+        return response.read().decode()
+
+
+def test_f27_a_hundred_streams_and_edits_at_once_never_find_sqlite_locked() -> None:
+    with (
+        Upstream(answers.ok(chunks=20, delay=0.1)) as upstream,
+        Gateway(database="sqlite", programs=["drainer"], env={"RATE_LIMIT_REQUESTS": "100000"}) as gateway,
+        ThreadPoolExecutor(100) as pool,
+    ):
+        administrator(gateway)
+        key = gateway.provide(f"{upstream.url}/v1", slug="first")
+        until = time.monotonic() + BUSY_SECONDS
+
+        def streams() -> list[str]:
+            texts = []
+            while time.monotonic() < until:
+                texts.append(text_of_stream(gateway, key))
+            return texts
+
+        with console(gateway) as browser:
+            running = [pool.submit(streams) for _ in range(100)]
+            row = browser.get("/api/v1/providers?search=first").json()["results"][0]
+            edits = []
+            while time.monotonic() < until:
+                answer = browser.patch(
+                    f"/api/v1/providers/{row['id']}", json={"priority": len(edits) + 1}
+                )
+                edits.append(answer.status_code)
+            texts = [text for each in running for text in each.result(60)]
+        assert edits and set(edits) == {200}
+        assert len(texts) >= 100 and all("[DONE]" in text for text in texts)
+        wait(lambda: count(gateway) == len(texts), "usage records were lost", 20)
+        assert "database is locked" not in gateway.logs()
+
+
+def test_f27_kill_9_leaves_sqlite_whole() -> None:
+    with (
+        Upstream() as upstream,
+        Gateway(database="sqlite", programs=["drainer"]) as gateway,
+    ):
+        key = gateway.provide(f"{upstream.url}/v1", slug="first")
+        served: set[str] = set()
+        for number in range(4):
+            with Load(gateway, key, threads=4, pause=0) as load:
+                time.sleep(0.8 + 0.3 * number)
+                gateway.kill9("drainer")
+                gateway.kill9("web")
+            served |= load.served
+            gateway.start()
+            (file,) = gateway.data_dir.glob("*.sqlite3")
+            with sqlite3.connect(file) as database:
+                assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        assert served
+        wait(lambda: served <= set(records(gateway)), "usage records were lost", 20)
+
+
+# -- F36 and F38: secrets that change --------------------------------------------------------------------------------
+
+
+def test_f36_a_provider_key_replaced_while_streaming_ends_no_stream_and_is_used_within_two_seconds(
+    house: tuple[Gateway, str], upstream: Upstream
+) -> None:
+    gateway, key = house
+    new = f"sk-{secrets.token_hex(12)}"
+    upstream.script(answers.ok(chunks=60, delay=0.05))
+    upstream.ledger.clear()
+    with console(gateway) as browser, gateway.client(key) as client, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(text_of_stream, gateway, key)
+        upstream.ledger.wait_for(lambda ledger: ledger.asked)
+        old = upstream.ledger.asked[0].headers["authorization"]
+        row = browser.get("/api/v1/providers?search=first").json()["results"][0]
+        assert browser.patch(f"/api/v1/providers/{row['id']}", json={"api_key": new}).status_code == 200
+
+        def uses_the_new_one() -> bool:
+            assert client.post(CHAT, json=HELLO).status_code == 200
+            return upstream.ledger.asked[-1].headers["authorization"] == f"Bearer {new}"
+
+        assert wait(uses_the_new_one, "the old key is still used") <= 2
+        assert not running.done()
+        assert "[DONE]" in running.result(20)
+    assert old != f"Bearer {new}"
+    assert {one.headers["authorization"] for one in upstream.ledger.asked} == {old, f"Bearer {new}"}
+
+
+def test_f38_a_replaced_encryption_key_file_does_not_touch_what_runs_and_stops_the_next_start(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "encryption-key"
+    file.touch(mode=0o600)
+    good = base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+    file.write_text(good)
+    with (
+        Upstream() as upstream,
+        Gateway(
+            database="sqlite", env={"PENSTOCK_ENCRYPTION_KEY": "", "PENSTOCK_ENCRYPTION_KEY_FILE": str(file)}
+        ) as gateway,
+    ):
+        key = gateway.provide(f"{upstream.url}/v1", api_key="sk-sealed-0123456789")
+        file.write_text(base64.urlsafe_b64encode(secrets.token_bytes(32)).decode())
+        with gateway.client(key) as client:
+            assert client.post(CHAT, json=HELLO).status_code == 200
+        gateway.kill9()
+        refused = gateway.run_manage("serve")
+        assert refused.returncode != 0
+        said = refused.stderr.strip().splitlines()
+        assert len(said) == 1 and "PENSTOCK_ENCRYPTION_KEY" in said[0]
+        file.write_text(good)
+        gateway.start()
+        with gateway.client(key) as client:
+            assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+# -- F19 and F46 -----------------------------------------------------------------------------------------------------
+
+
+def test_f19_the_gateway_starts_and_serves_while_redis_is_absent() -> None:
+    valkey = Valkey()
+    valkey.kill()
+    try:
+        with Upstream() as upstream, Gateway(redis=valkey) as gateway:
+            key = gateway.provide(f"{upstream.url}/v1", limits={"requests_per_minute": 100})
+            with gateway.client(key) as client:
+                for _ in range(5):
+                    response, took = timed(lambda: client.post(CHAT, json=HELLO))
+                    assert response.status_code == 200 and took < 0.5
+                ready = client.get("/readyz")
+                assert ready.status_code == 200 and "away" in ready.json()["details"]["redis"]
+                valkey.start()
+                wait(lambda: client.get("/readyz").json()["details"]["redis"] == "ok", "Redis is not found")
+    finally:
+        valkey.stop()
+
+
+def test_f46_probes_of_the_gateway_need_no_login_and_are_never_throttled(house: tuple[Gateway, str]) -> None:
+    gateway, _ = house
+    with gateway.client() as client:
+        for path in ("/livez", "/readyz"):
+            answers_seen = [timed(lambda path=path: client.get(path)) for _ in range(300)]  # type: ignore[misc]
+            assert {response.status_code for response, _ in answers_seen} == {200}
+            assert sorted(took for _, took in answers_seen)[150] < 0.05
+        statuses = {client.get("/api/v1/providers").status_code for _ in range(120)}
+        assert statuses == {401, 429}  # the throttle is on, for others
+        assert client.get("/livez", headers={"authorization": "Bearer nonsense"}).status_code == 200

@@ -1,0 +1,138 @@
+"""What keys have done so far: counted once, with the records, whatever comes twice."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+
+from audit.changes import changes
+from providers import keyring, keys
+from providers.models import ApiKey, KeyUse, Provider
+from proxy import usage
+from proxy.keys import give_secret
+from proxy.models import GatewayKey, GatewayKeyUse, UsageRecord
+from proxy.spool import Spool, new_attempt_id
+from tests.proxy.test_usage import a_final, a_start
+from tests.support.api import V1, as_
+
+AT = 1_790_000_000_123
+
+Attempt = Callable[..., str]
+
+
+@pytest.fixture
+def api_key(db: None) -> ApiKey:
+    keyring.ensure()
+    with changes(actor=None, via="system"):
+        provider = Provider.objects.get(slug="openai")
+        return keys.write_default(provider, "sk-counted-0123456789")
+
+
+@pytest.fixture
+def gateway_key(db: None) -> GatewayKey:
+    with changes(actor=None, via="system"):
+        key = GatewayKey(name="shop")
+        give_secret(key)
+        key.save()
+    return key
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "spool"
+
+
+@pytest.fixture
+def attempt(directory: Path, api_key: ApiKey, gateway_key: GatewayKey) -> Attempt:
+    """Leave the record of one attempt in a spool whose worker has ended; its id."""
+
+    def leave(*, start: dict[str, Any] | None = None, **final: Any) -> str:
+        spool, one = Spool(directory), new_attempt_id()
+        ids = {"api_key_id": api_key.pk, "gateway_key_id": gateway_key.pk}
+        spool.start(a_start(one, **{**ids, **(start or {})}))
+        spool.finish(a_final(one, **final))
+        spool.close()
+        return one
+
+    return leave
+
+
+def test_attempts_count_for_their_keys(
+    attempt: Attempt, directory: Path, api_key: ApiKey, gateway_key: GatewayKey
+) -> None:
+    attempt(prompt_tokens=5, completion_tokens=9)
+    attempt(prompt_tokens=1, completion_tokens=1, start={"created_at": AT + 60_000})
+    usage.drain(directory)
+    attempt(prompt_tokens=100, completion_tokens=0, start={"created_at": AT - 60_000})
+    usage.drain(directory)
+    use, gateway_use = KeyUse.objects.get(api_key=api_key), GatewayKeyUse.objects.get(gateway_key=gateway_key)
+    latest = datetime.fromtimestamp((AT + 60_000) / 1000, UTC)
+    assert (use.requests_count, use.tokens_used, use.last_used_at) == (3, 116, latest)
+    assert (gateway_use.requests_count, gateway_use.last_used_at) == (3, latest)
+
+
+def test_a_second_attempt_is_no_second_request_of_the_gateway_key(
+    attempt: Attempt, directory: Path, api_key: ApiKey, gateway_key: GatewayKey
+) -> None:
+    attempt(status="error")
+    attempt(start={"attempt": 2})
+    usage.drain(directory)
+    assert KeyUse.objects.get(api_key=api_key).requests_count == 2
+    assert GatewayKeyUse.objects.get(gateway_key=gateway_key).requests_count == 1
+
+
+def test_f32_what_comes_twice_counts_once(attempt: Attempt, directory: Path, api_key: ApiKey) -> None:
+    attempt()
+    (path,) = directory.glob("*.1")
+    shutil.copy(path, path.with_name(f"{uuid.uuid4().hex}.1"))
+    usage.drain(directory)
+    assert UsageRecord.objects.count() == 1
+    assert KeyUse.objects.get(api_key=api_key).requests_count == 1
+
+
+def test_a_key_that_was_deleted_meanwhile_is_passed_over(
+    attempt: Attempt, directory: Path, api_key: ApiKey, gateway_key: GatewayKey
+) -> None:
+    attempt()
+    with changes(actor=None, via="system"):
+        api_key.delete()
+        gateway_key.delete()
+    assert usage.drain(directory).records == 1
+    assert not KeyUse.objects.exists() and not GatewayKeyUse.objects.exists()
+
+
+def test_absurd_counts_neither_stop_the_drainer_nor_overflow(
+    attempt: Attempt, directory: Path, api_key: ApiKey
+) -> None:
+    for _ in range(3):
+        attempt(prompt_tokens=2**63 - 1, completion_tokens=2**63 - 1)
+        assert usage.drain(directory).rejected == 0
+    assert KeyUse.objects.get(api_key=api_key).requests_count == 3
+
+
+def test_what_a_provider_refused_stays_refused(attempt: Attempt, directory: Path, api_key: ApiKey) -> None:
+    when = datetime(2026, 1, 1, tzinfo=UTC)
+    KeyUse.objects.create(api_key=api_key, rejected_at=when)
+    attempt()
+    usage.drain(directory)
+    use = KeyUse.objects.get(api_key=api_key)
+    assert (use.rejected_at, use.requests_count) == (when, 1)
+
+
+def test_the_api_shows_the_counts(
+    attempt: Attempt, directory: Path, api_key: ApiKey, gateway_key: GatewayKey, operator: User
+) -> None:
+    attempt(prompt_tokens=5, completion_tokens=9)
+    usage.drain(directory)
+    client = as_(operator)
+    row = client.get(f"{V1}/api-keys/{api_key.pk}").json()
+    assert (row["requests_count"], row["tokens_used"]) == (1, 14) and row["last_used_at"]
+    shown = client.get(f"{V1}/gateway-keys/{gateway_key.pk}").json()
+    assert shown["requests_count"] == 1 and shown["last_used_at"]
