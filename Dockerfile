@@ -13,6 +13,7 @@ RUN useradd --uid 10001 --user-group --home-dir /data --shell /usr/sbin/nologin 
 ENV PATH=/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONWARNINGS=ignore \
     DATA_DIR=/data \
     HOST=0.0.0.0 \
     PORT=8000 \

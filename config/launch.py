@@ -105,8 +105,8 @@ def prepare(outside: Mapping[str, str], data_dir: Path, stop: Stop, *, dev: bool
         **outside,
         "DATA_DIR": str(data_dir),
         "PYTHONUNBUFFERED": "1",
-        # What packages have to say to their programmers is for those who develop, and for the tests.
-        "PYTHONWARNINGS": outside.get("PYTHONWARNINGS") or ("default" if dev else "ignore"),
+        # What packages have to say to their programmers is no line for the terminal: the tests fail on it.
+        "PYTHONWARNINGS": outside.get("PYTHONWARNINGS") or "ignore",
         "LOG_FORMAT": "json" if settings.LOG_FORMAT == "auto" else settings.LOG_FORMAT,
         "PENSTOCK_RUN_ROOT": str(ROOT),
         "PENSTOCK_RUN_DIR": str(run_dir),

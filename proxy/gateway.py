@@ -52,7 +52,9 @@ class Gateway:
         self.spool.run()
         loop = asyncio.get_running_loop()
         # A revoked key ends its streams when the snapshot says so, not at the next sweep.
-        self.watcher.on_change = functools.partial(loop.call_soon_threadsafe, self.registry.sweep, self._is_good)
+        self.watcher.on_change = functools.partial(
+            loop.call_soon_threadsafe, self.registry.sweep, self._is_good
+        )
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:

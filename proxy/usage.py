@@ -87,6 +87,12 @@ def _pass_or_wait(directory: Path, stop: threading.Event, *, was_away: bool) -> 
         if not was_away:
             logger.error("usage records wait in the spool: %s", error)
         return True
+    except Exception:
+        # Whatever it was, the records are still there, and the next pass begins with a new connection.
+        if not was_away:
+            logger.exception("usage records wait in the spool")
+        _drop_connections()
+        return True
     if was_away:
         logger.info("usage records are taken again")
     if report.records:

@@ -88,7 +88,9 @@ def insert(rows: Sequence[Row]) -> list[Row]:
             new = {key for (key,) in cursor.fetchall()}
         else:
             # Nobody else writes before we commit, so what is not there now is new.
-            known = set(UsageRecord.objects.filter(id__in=[row["id"] for row in rows]).values_list("id", flat=True))
+            known = set(
+                UsageRecord.objects.filter(id__in=[row["id"] for row in rows]).values_list("id", flat=True)
+            )
             new = {row["id"] for row in rows} - known
             marks = ", ".join(["%s"] * len(COLUMNS))
             cursor.executemany(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, ClassVar
 
 from django.db.models.query import QuerySet
+from django.utils import timezone
 from django_filters import rest_framework as filters
 from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
@@ -21,7 +23,7 @@ from providers.api.trials import TrialSerializer, try_out, try_stored
 from providers.api.values import ModelSerializer
 from providers.catalog import refresh_models
 from providers.health import set_override
-from providers.models import ApiKey, Provider, ProviderHealth, Server
+from providers.models import ApiKey, Provider, ProviderHealth, Server, UpstreamModel
 
 
 class ProviderHealthSerializer(serializers.ModelSerializer[ProviderHealth]):
@@ -71,6 +73,7 @@ class Providers(Rows):
         "health": "read",
         "override": "override",
         "models": "read",
+        "refresh": "test",
     }
     serializer_class: Any = ProviderSerializer
     queryset = Provider.objects.select_related("health").prefetch_related("keys", "upstream_models")
@@ -91,15 +94,33 @@ class Providers(Rows):
         provider = self.get_object()
         known = provider.upstream_models.filter(enabled=True)
         cached = known.exists() or not roles.may(request.user, self.resource, "test")
-        if not cached:
-            refresh_models(
-                provider, actor=request.user, via="api", ip=ip_of(request), request_id=request_id_of(request)
-            )
+        return self._models(provider, fetched_at=None if cached else self._refresh(provider))
+
+    @extend_schema(request=None, responses=ModelsSerializer)
+    @action(
+        detail=True, methods=["post"], url_path="models/refresh", pagination_class=None, filter_backends=[]
+    )
+    def refresh(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Ask the provider which models it has, and keep the answer. What people wrote about a model stays."""
+        provider = self.get_object()
+        return self._models(provider, fetched_at=self._refresh(provider))
+
+    def _refresh(self, provider: Provider) -> datetime:
+        request = self.request
+        refresh_models(
+            provider, actor=request.user, via="api", ip=ip_of(request), request_id=request_id_of(request)
+        )
+        return timezone.now()
+
+    def _models(self, provider: Provider, *, fetched_at: datetime | None) -> Response:
+        """What is stored; when nothing was fetched just now, it is as old as the last probe."""
+        known: Any = UpstreamModel.objects.filter(provider=provider, enabled=True)
+        probed_at = getattr(getattr(provider, "health", None), "last_checked_at", None)
         return Response(
             {
-                "models": ModelSerializer(known.all(), many=True).data,
-                "cached": cached,
-                "fetched_at": getattr(getattr(provider, "health", None), "last_checked_at", None),
+                "models": ModelSerializer(known, many=True).data,
+                "cached": fetched_at is None,
+                "fetched_at": fetched_at or probed_at,
             }
         )
 

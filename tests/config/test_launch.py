@@ -432,6 +432,7 @@ class TestStarting:
         launched.wait_for("HTTP GET /api/health 200")
         assert launched.output.count("HTTP GET /api/health 200") == 1
         assert "/readyz" not in launched.output
+        assert "Warning" not in launched.output
         assert stopped_by(launched, signal.SIGINT)
 
     def test_a_killed_launcher_takes_its_processes_with_it(self, tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
-"""The daily tidying of logins."""
+"""The daily tidying of logins, and how Celery's processes start."""
 
 from __future__ import annotations
 
+import subprocess
 from datetime import timedelta
 
 import pytest
 from axes.models import AccessAttempt
 from django.contrib.auth.models import User
+from django.test import Client
 from django.utils import timezone
 from rest_framework_simplejwt.token_blacklist.models import BlacklistedToken, OutstandingToken
 from rest_framework_simplejwt.tokens import RefreshToken
 
 from config.tasks import forget_logins
 from providers.models import JobRun
+from tests.support.gateway import PROGRAMS, Gateway
+from tests.support.processes import REPOSITORY
 
 pytestmark = pytest.mark.django_db
 
@@ -43,3 +47,27 @@ def test_f30_it_runs_once_a_day_however_often_it_is_ticked(operator: User) -> No
     JobRun.objects.all().delete()
     forget_logins()
     assert not OutstandingToken.objects.exists()
+
+
+def test_admin_without_a_slash_leads_to_the_admin(client: Client) -> None:
+    answer = client.get("/admin")
+    assert (answer.status_code, answer["Location"]) == (302, "/admin/")
+
+
+@pytest.mark.parametrize("program", ["worker", "beat"])
+def test_f22_a_celery_process_that_finds_no_database_ends_with_one_line(program: str) -> None:
+    with Gateway(database="sqlite", start=False) as gateway:
+        env = {**gateway.env, "DATABASE_URL": f"sqlite:///{gateway.folder / 'nothing' / 'here.sqlite3'}"}
+        done = subprocess.run(
+            PROGRAMS[program],
+            cwd=REPOSITORY,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("penstock:")]
+    assert len(said) == 1 and "the database cannot be read" in said[0]
+    assert "Traceback" not in done.stderr

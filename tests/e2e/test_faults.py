@@ -76,6 +76,8 @@ def administrator(gateway: Gateway) -> None:
 def console(gateway: Gateway) -> Iterator[httpx.Client]:
     """A browser with the administrator's session, and the token of the API."""
     with gateway.client(timeout=10, follow_redirects=False) as client:
+        # The test before may have just brought the database back.
+        wait(lambda: client.get("/admin/login/").status_code == 200, "the console is away")
         page = client.get("/admin/login/")
         form = {
             "username": "owner",
@@ -211,9 +213,7 @@ def test_f22_without_its_database_the_gateway_serves_known_keys_and_loses_no_rec
             ready = client.get("/readyz")
             assert ready.status_code == 200 and ready.json()["status"] == "degraded"
             assert client.get("/api/v1/health").json()["status"] == "degraded"
-            unknown = client.post(
-                CHAT, json=HELLO, headers={"authorization": f"Bearer {well_formed_key()}"}
-            )
+            unknown = client.post(CHAT, json=HELLO, headers={"authorization": f"Bearer {well_formed_key()}"})
             assert unknown.status_code == 503, unknown.text
             assert unknown.headers["retry-after"]
             malformed = client.post(CHAT, json=HELLO, headers={"authorization": "Bearer pen_live_x"})
@@ -331,11 +331,9 @@ def test_f27_a_hundred_streams_and_edits_at_once_never_find_sqlite_locked() -> N
         with console(gateway) as browser:
             running = [pool.submit(streams) for _ in range(100)]
             row = browser.get("/api/v1/providers?search=first").json()["results"][0]
-            edits = []
+            edits: list[int] = []
             while time.monotonic() < until:
-                answer = browser.patch(
-                    f"/api/v1/providers/{row['id']}", json={"priority": len(edits) + 1}
-                )
+                answer = browser.patch(f"/api/v1/providers/{row['id']}", json={"priority": len(edits) + 1})
                 edits.append(answer.status_code)
             texts = [text for each in running for text in each.result(60)]
         assert edits and set(edits) == {200}
@@ -442,13 +440,15 @@ def test_f19_the_gateway_starts_and_serves_while_redis_is_absent() -> None:
         valkey.stop()
 
 
-def test_f46_probes_of_the_gateway_need_no_login_and_are_never_throttled(house: tuple[Gateway, str]) -> None:
-    gateway, _ = house
-    with gateway.client() as client:
+def test_f46_probes_of_the_gateway_need_no_login_and_are_never_throttled() -> None:
+    with (
+        Gateway(database="sqlite", env={"RATE_LIMIT_REQUESTS": "5"}) as gateway,
+        gateway.client() as client,
+    ):
         for path in ("/livez", "/readyz"):
             answers_seen = [timed(lambda path=path: client.get(path)) for _ in range(300)]  # type: ignore[misc]
             assert {response.status_code for response, _ in answers_seen} == {200}
             assert sorted(took for _, took in answers_seen)[150] < 0.05
-        statuses = {client.get("/api/v1/providers").status_code for _ in range(120)}
+        statuses = {client.get("/api/v1/providers").status_code for _ in range(20)}
         assert statuses == {401, 429}  # the throttle is on, for others
         assert client.get("/livez", headers={"authorization": "Bearer nonsense"}).status_code == 200

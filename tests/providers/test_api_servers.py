@@ -44,13 +44,13 @@ def test_a_server_that_was_never_probed_is_unknown(operator: User) -> None:
 
 def test_kind_and_slug_have_defaults(operator: User) -> None:
     response = as_(operator).post(
-        f"{V1}/servers", {"name": "My GPU box", "base_url": "http://localhost:8000/v1/"}
+        f"{V1}/servers", {"name": "My GPU box", "base_url": "http://localhost:8001/v1/"}
     )
 
     assert response.status_code == 201
     assert response.json()["kind"] == "openai-compatible"
     assert response.json()["slug"] == "my-gpu-box"
-    assert response.json()["base_url"] == "http://localhost:8000/v1"
+    assert response.json()["base_url"] == "http://localhost:8001/v1"
 
 
 @pytest.mark.parametrize("mount", ["/api/v1", "/api/v1/llm-config", "/api"])

@@ -9,7 +9,9 @@ from audit.changes import changes
 from providers import catalog, keys
 from providers.models import ApiKey, Provider, UpstreamModel
 from providers.wire import Model
+from tests.support import answers
 from tests.support.api import KEY, V1, add_server, as_
+from tests.support.upstream import Upstream
 
 pytestmark = pytest.mark.django_db
 
@@ -67,11 +69,23 @@ def test_a_vendors_first_key_enables_it_whichever_way_it_comes(way: str, operato
             keys.write_default(vendor, KEY)
     if way == "api":
         assert as_(operator).patch(f"{V1}/providers/{vendor.pk}", {"api_key": KEY}).status_code == 200
-    vendor.refresh_from_db()
-    assert vendor.enabled and vendor.keys.get().is_default
+    stored = Provider.objects.get(slug="openai")
+    assert stored.enabled and stored.keys.get().is_default
 
 
 def test_a_first_key_that_comes_with_enabled_false_does_not_enable(operator: User) -> None:
     vendor = Provider.objects.get(slug="openai")
     answer = as_(operator).patch(f"{V1}/providers/{vendor.pk}", {"api_key": KEY, "enabled": False})
     assert answer.json()["enabled"] is False
+
+
+def test_the_models_of_a_provider_are_asked_for_anew(
+    operator: User, viewer: User, upstream: Upstream
+) -> None:
+    made = add_server(as_(operator), kind="openai-compatible", base_url=f"{upstream.url}/v1", models=["mine"])
+    path = f"{V1}/providers/{made['id']}/models"
+    assert as_(viewer).post(f"{path}/refresh").status_code == 403
+    answer = as_(operator).post(f"{path}/refresh").json()
+    assert {model["id"] for model in answer["models"]} == {"mine", *answers.MODELS}
+    assert answer["cached"] is False and answer["fetched_at"]
+    assert as_(viewer).get(path).json()["cached"] is True

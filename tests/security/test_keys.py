@@ -173,7 +173,7 @@ def test_r14_every_wrong_key_is_compared_in_constant_time(monkeypatch: pytest.Mo
 def test_r14_an_unknown_user_takes_as_long_as_a_wrong_password(
     person: Callable[..., User], settings: Any
 ) -> None:
-    """In CPU time of this process, medians of interleaved tries with the hasher that is shipped."""
+    """In CPU time, with the hasher that is shipped; the least of interleaved tries, which a busy machine disturbs least."""
     from config import settings as shipped
 
     settings.PASSWORD_HASHERS = shipped.PASSWORD_HASHERS
@@ -187,7 +187,7 @@ def test_r14_an_unknown_user_takes_as_long_as_a_wrong_password(
             body = {"username": name, "password": "not the password"}
             assert client.post(f"{V1}/auth/token", body).status_code == 401
             taken.append(time.process_time() - began)
-    known, unknown = (statistics.median(taken) for taken in times.values())
+    known, unknown = (min(taken) for taken in times.values())
     assert abs(known - unknown) < 0.05 * max(known, unknown), times
 
 
