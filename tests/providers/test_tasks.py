@@ -298,7 +298,7 @@ def test_history_is_kept_for_seven_days(server: Provider, clock: Travel) -> None
         for _ in range(tasks.PURGE_BATCH + 5)
     )
     JobRun.objects.create(name="probe_due", tick=1)
-    JobRun.objects.update(started_at=now - timedelta(days=2))
+    JobRun.objects.update(started_at=now - timedelta(days=3))
     tasks.purge_history()
     assert checks(server) == 2
     assert not JobRun.objects.exists()
