@@ -90,7 +90,7 @@ def test_r12_anything_but_the_key_itself_is_401(house: House, value: str) -> Non
     response = httpx.post(f"{house.url}/v1/chat/completions", json=HELLO, headers={"Authorization": filled})
 
     assert code(response) == (401, "invalid_api_key")
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 1.0
     assert key not in response.text
 
 

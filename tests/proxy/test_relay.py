@@ -186,7 +186,7 @@ def test_f01_a_refused_connection_costs_almost_no_time(house: House, fallback: U
     response = house.ask(None)
 
     assert response.headers["x-penstock-provider"] == "second"
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 1.0
 
 
 def test_f01_after_five_failures_in_a_row_the_provider_is_left_alone(pair: House, upstream: Upstream) -> None:
