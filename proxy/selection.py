@@ -122,10 +122,8 @@ def _by_id(snapshot: Snapshot, provider_id: str) -> Upstream | None:
 
 def _check_scope(caller: Caller, asked: str, slug: str, model: str) -> None:
     """Names are those asked for, or `<slug>/<model>` of the first choice; its fallbacks are allowed with it."""
-    if not caller.allowed_models:
-        return
     names = [name for name in (asked, f"{slug}/{model}") if name]
-    if not any(fnmatchcase(name, pattern) for pattern in caller.allowed_models for name in names):
+    if not allows(caller, *names):
         raise ModelNotAllowed(param="model")
 
 

@@ -117,7 +117,7 @@ class ChatSocket(AsyncConsumer):
         try:
             if b"pen_" in scope.get("query_string", b""):
                 raise InvalidRequest("A key never goes into the address.")
-            caller = pipeline.admit(self.gateway, _Opening(scope, headers))
+            caller = pipeline.admit(self.gateway, FrameRequest(scope, headers, b""))
         except GatewayError as error:
             await refuse(send, error)
             return
@@ -243,23 +243,6 @@ class Conversation:
     async def _complain(self, id: str | None, code: str, message: str, status: int = 400) -> None:
         body = orjson.loads(openai.error(status, code, message, ""))
         await self._socket.frame(id=id, type="error", error=body["error"])
-
-
-class _Opening:
-    """The handshake, as far as `admit` looks at a request."""
-
-    def __init__(self, scope: Scope, headers: auth.RawHeaders) -> None:
-        self.headers = headers
-        self.address = (scope.get("client") or ("",))[0]
-        self.id = ""
-        self.length = 0
-
-    async def body(self) -> bytes:
-        return b""
-
-    @contextlib.asynccontextmanager
-    async def left(self, running: Running) -> AsyncIterator[None]:
-        yield
 
 
 def with_offered_key(scope: Scope) -> list[tuple[bytes, bytes]]:
