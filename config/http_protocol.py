@@ -214,6 +214,7 @@ class HttpProtocol(HttpToolsProtocol):
         head.check(method=method, version=version, upgrade=upgrade)
         self.url = origin_form(self.url, host=head.host)
         scope["method"], scope["http_version"] = method, version
+        scope["state"]["on_leaving"] = None  # See Exchange.disconnect.
         raw_path, _, scope["query_string"] = self.url.partition(b"?")
         scope["raw_path"], scope["path"] = raw_path, _decode(raw_path)
         if upgrade and head.wants_websocket(method=method):

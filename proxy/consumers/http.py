@@ -56,6 +56,7 @@ class HttpRequest:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
+        self._state: dict[str, Any] = scope.get("state", {})
         self.headers: RawHeaders = scope["headers"]
         self._named = named = dict(scope["headers"])
         self.address = (scope.get("client") or ("",))[0]
@@ -86,22 +87,36 @@ class HttpRequest:
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def left(self, running: Running) -> Leaving:
-        return Leaving(self._receive, running)
+        return Leaving(self._state, self._receive, running)
 
 
 class Leaving:
-    """While the block runs, the caller's leaving ends it; the watching itself always ends with the block."""
+    """While the block runs, the caller's leaving ends it; the watching itself always ends with the block.
 
-    __slots__ = ("_receive", "_running", "_watching")
+    Our own server calls a function that it finds in the request's state. Of any other (daphne, in development) a task waits for
+    the message, which costs every request a tenth of what it takes.
+    """
 
-    def __init__(self, receive: Receive, running: Running) -> None:
+    __slots__ = ("_receive", "_running", "_state", "_watching")
+
+    def __init__(self, state: dict[str, Any], receive: Receive, running: Running) -> None:
+        self._state = state
         self._receive = receive
         self._running = running
+        self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
-        self._watching = asyncio.create_task(self._watch())
+        if self._state.get("gone"):
+            self._leave()
+        elif "on_leaving" in self._state:
+            self._state["on_leaving"] = self._leave
+        else:
+            self._watching = asyncio.create_task(self._watch())
 
     async def __aexit__(self, *exception: object) -> None:
+        if self._watching is None:
+            self._state["on_leaving"] = None
+            return
         self._watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watching
@@ -109,6 +124,9 @@ class Leaving:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._leave()
+
+    def _leave(self) -> None:
         self._running.end("client_left")
 
 
