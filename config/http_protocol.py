@@ -276,6 +276,10 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._websocket and not self.cycle.response_complete:
             self.cycle.more_body = False
             self.cycle.message_event.set()
+            if self.cycle is self._running:
+                # A large body may have stopped the reading, and an application that has all of it asks for nothing more:
+                # the caller's leaving would go unnoticed.
+                self.flow.resume_reading()
         self._since = 0.0
 
     def on_response_complete(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -142,15 +143,14 @@ class HttpSink:
         self.begun = False
 
     async def begin(self, attempt: Attempt) -> None:
-        self._streams = attempt.call.chat.stream
+        call, candidate = attempt.call, attempt.candidate
+        self._streams = call.chat.stream
         headers = [
             EVENT_STREAM if self._streams else JSON,
-            (b"x-penstock-provider", attempt.candidate.upstream.slug.encode()),
-            (b"x-penstock-model", header_text(attempt.candidate.model)),
-            (b"x-penstock-attempts", str(attempt.number).encode()),
-            (b"x-penstock-config", str(attempt.call.config_version).encode()),
-            (b"x-penstock-route", header_text(attempt.call.plan.route)),
-            *attempt.call.held.headers,
+            *taken_way(candidate.upstream.slug, candidate.model, call.plan.route),
+            (b"x-penstock-attempts", b"%d" % attempt.number),
+            (b"x-penstock-config", b"%d" % call.config_version),
+            *call.held.headers,
         ]
         await self._start(200, headers)
 
@@ -251,6 +251,16 @@ class NothingConsumer(DataPlaneConsumer):
             raise NotFound
         except GatewayError as error:
             await HttpSink(scope, send, request.id).fail(error)
+
+
+@functools.lru_cache(maxsize=4096)
+def taken_way(slug: str, model: str, route: str) -> tuple[tuple[bytes, bytes], ...]:
+    """The headers that say where an answer comes from."""
+    return (
+        (b"x-penstock-provider", slug.encode()),
+        (b"x-penstock-model", header_text(model)),
+        (b"x-penstock-route", header_text(route)),
+    )
 
 
 def header_text(text: str) -> bytes:
