@@ -240,6 +240,13 @@ def ranked(
     return routes.order(route, options, hint=hint, avoid=avoid, peek=peek)
 
 
+def obstacle(named: Named, conditions: Conditions) -> str:
+    """What keeps this choice from being dialled now, in words; nothing when it would be."""
+    upstream, _ = named
+    _, trace = _weathered([named], conditions)
+    return trace[0].removeprefix(f"{upstream.slug}: ") if trace else ""
+
+
 def first_model(snapshot: Snapshot, upstream: Upstream, purpose: str) -> str:
     """The upstream's first model that is for `purpose`, or may be; nothing when it has none."""
     return next(_models_for(snapshot, upstream, purpose), "")
