@@ -16,6 +16,8 @@ from proxy.selection import Conditions, Named, fitting, obstacle, ranked, route_
 from proxy.snapshot import Snapshot, route_of
 from proxy.strategies import ROUTES, Node, Route, matches, why
 
+NO_KEY = "no usable key"
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -28,6 +30,11 @@ class Step:
     model: str
     reason: str
     obstacle: str = ""
+    circuit_open: bool = False
+
+    @property
+    def has_key(self) -> bool:
+        return self.obstacle != NO_KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,7 @@ def _step(place: int, named: Named, reason: str, conditions: Conditions) -> Step
         choice.model,
         reason,
         obstacle(named, conditions),
+        upstream.id in conditions.open_circuits,
     )
 
 
