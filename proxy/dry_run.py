@@ -9,12 +9,11 @@ from audit.models import Head
 from providers.models import Purpose
 from proxy import snapshot as snapshots
 from proxy import weather as weathers
-from proxy.errors import ModelNotFound
 from proxy.models import ModelRoute
 from proxy.needs import NOTHING
 from proxy.selection import Conditions, Named, fitting, obstacle, ranked, route_choices
 from proxy.snapshot import Snapshot, route_of
-from proxy.strategies import ROUTES, Node, Route, matches, why
+from proxy.strategies import ROUTES, Node, Route, why
 
 NO_KEY = "no usable key"
 
@@ -61,15 +60,11 @@ def run(row: ModelRoute, *, hint: str = "", peek: bool = True) -> DryRun:
     route = route_of(row)
     purpose = _purpose(snapshot, route)
     hint = hint if route.mode == "specific" else ""
-    choices = route_choices(snapshot, route, purpose=purpose)
-    if hint and not any(matches(choice.model, hint) for choice in choices):
-        raise ModelNotFound(f"The route {route.name} has no model {hint[:128]}.", param="model")
+    choices = route_choices(snapshot, route, hint=hint, purpose=purpose)
     named = [(snapshot.upstreams[choice.provider_id], choice) for choice in choices]
     able, left_out = fitting(snapshot, named, purpose=purpose, needs=NOTHING)
     order = ranked(ROUTES, route, able, conditions, hint=hint, peek=peek)
-    steps = [
-        _step(place, able[each.index], why(each), conditions) for place, each in enumerate(order, start=1)
-    ]
+    steps = [_step(place, each, why(rank), conditions) for place, (each, rank) in enumerate(order, start=1)]
     shown = {choice.node for _, choice in named}
     absent = [_absent(row, snapshot, node, purpose) for node in route.nodes if node not in shown]
     return DryRun(purpose, tuple(steps), (*left_out, *absent))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -24,7 +25,10 @@ from proxy.strategies import ROUTES, Node, Option, Ranked, Route, RouteState, ma
 from proxy.weather import Weather
 
 MOST_MODELS = 20
-"""How many models of its provider a node stands for that names none."""
+"""Among how many models of its provider one is sought that fits, for a node that names none."""
+
+FEW_MODELS = 2
+"""How many of those are tried; a request is dialled three times at most."""
 
 OURS = "penstock"
 """Who owns the models that are routes."""
@@ -115,7 +119,7 @@ def plan(
     able, left_out = fitting(snapshot, able, purpose=purpose, needs=needs)
     if resolved.route is not None:
         order = ranked(routes, resolved.route, able, conditions, hint=resolved.hint)
-        able = [able[each.index] for each in order]
+        able = [each for each, _ in order]
     candidates, trace = _weathered(able, conditions)
     if not candidates:
         raise (
@@ -156,31 +160,37 @@ def resolve(snapshot: Snapshot, *, purpose: str, model: str, provider_id: str) -
 
 
 def _by_route(snapshot: Snapshot, route: Route, *, hint: str, purpose: str) -> Resolved:
-    choices = route_choices(snapshot, route, purpose=purpose)
-    if hint and not any(matches(choice.model, hint) for choice in choices):
-        raise ModelNotFound(f"The route {route.name} has no model {hint[:128]}.", param="model")
+    choices = route_choices(snapshot, route, hint=hint, purpose=purpose)
     return Resolved(f"route:{route.name}", choices, route, hint)
 
 
-def route_choices(snapshot: Snapshot, route: Route, *, purpose: str) -> list[Choice]:
-    """Each model of each node whose provider is enabled, as the route lists them."""
-    return [
+def route_choices(snapshot: Snapshot, route: Route, *, purpose: str, hint: str = "") -> list[Choice]:
+    """Models of each node whose provider is enabled, as the route lists them. ModelNotFound when none is meant by `hint`."""
+    choices = [
         Choice(node.provider_id, model, node=node)
         for node in route.nodes
         if (upstream := snapshot.upstreams.get(node.provider_id)) is not None
-        for model in _models_of(snapshot, node, upstream, purpose)
+        for model in _models_of(snapshot, node, upstream, purpose, hint)
     ]
+    if hint and not any(matches(choice.model, hint) for choice in choices):
+        raise ModelNotFound(f"The route {route.name} has no model {hint[:128]}.", param="model")
+    return choices
 
 
-def _models_of(snapshot: Snapshot, node: Node, upstream: Upstream, purpose: str) -> Iterator[str]:
-    """What a node names, as far as it is for `purpose`; else the models of its provider that may be."""
+def _models_of(snapshot: Snapshot, node: Node, upstream: Upstream, purpose: str, hint: str) -> Iterator[str]:
+    """What a node names, as far as it is for `purpose`; else models of its provider that may be, those of the hint first."""
     if node.models:
         for name in node.models:
             purposes = snapshot.facts_of(upstream.id, name).purposes
             if purpose in (purposes or upstream.purposes):
                 yield name
     elif purpose in upstream.purposes:
-        yield from islice(_models_for(snapshot, upstream, purpose), MOST_MODELS)
+        hinted = (
+            [name for name in _models_for(snapshot, upstream, purpose) if matches(name, hint)] if hint else []
+        )
+        yield from hinted
+        first = islice(_models_for(snapshot, upstream, purpose), MOST_MODELS)
+        yield from (name for name in first if name not in hinted)
 
 
 def fitting(
@@ -229,15 +239,30 @@ def ranked(
     *,
     hint: str = "",
     peek: bool = False,
-) -> list[Ranked]:
+) -> list[tuple[Named, Ranked]]:
     """The order that the route's strategy gives its choices; `peek` leaves everybody's turn as it is.
 
     Who is down or has an open circuit takes no turn, so that the others share his load; whether he is dialled after all
     is decided where that is decided for everybody.
     """
-    options = [Option(choice.node, choice.model) for _, choice in named if choice.node is not None]
+    few = list(_few(named))
+    options = [Option(choice.node, choice.model) for _, choice in few if choice.node is not None]
     avoid = frozenset((*conditions.weather.down, *conditions.open_circuits))
-    return routes.order(route, options, hint=hint, avoid=avoid, peek=peek)
+    return [
+        (few[each.index], each) for each in routes.order(route, options, hint=hint, avoid=avoid, peek=peek)
+    ]
+
+
+def _few(named: Sequence[Named]) -> Iterator[Named]:
+    """Of nodes that name no models only the first ones."""
+    seen: Counter[int] = Counter()
+    for upstream, choice in named:
+        node = choice.node
+        if node is not None and not node.models:
+            seen[node.id] += 1
+            if seen[node.id] > FEW_MODELS:
+                continue
+        yield upstream, choice
 
 
 def obstacle(named: Named, conditions: Conditions) -> str:

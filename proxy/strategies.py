@@ -176,7 +176,8 @@ class _Memory:
 class RouteState:
     """What one process knows beyond configuration: whose turn it is, who is busy, who is fast.
 
-    began, ended: a request at a provider. price: see `Price`; what it does not know is looked up in the node.
+    began, ended: a request at a provider. price: see `Price`; what it does not know is looked up in the node. chance: a
+    random number below its argument.
     Safe to use from several threads.
     """
 
@@ -185,13 +186,14 @@ class RouteState:
         *,
         price: Price = lambda provider_id, model: None,
         clock: Callable[[], float] = time.monotonic,
-        chance: random.Random | None = None,
+        chance: Callable[[int], int] = random.randrange,
     ) -> None:
         self.price = price
         self.speeds = Speeds()
         self.in_flight: Counter[int] = Counter()
         self._clock = clock
-        self._chance = chance or random.Random()  # noqa: S311  # shares load, guards nothing
+        # The interpreter's own generator is seeded anew in a forked worker; one of ours would begin everywhere the same.
+        self._chance = chance
         self._memories: dict[int, _Memory] = {}
         self._lock = threading.Lock()
 
@@ -266,9 +268,9 @@ class RouteState:
     def _begun(self, group: _Group) -> _Group:
         """A group at a random place of its round."""
         weights = group.weights
-        for _ in range(self._chance.randrange(max(1, min(sum(weights.values()), MOST_STEPS)))):
+        for _ in range(self._chance(max(1, min(sum(weights.values()), MOST_STEPS)))):
             group.wheel.turn(weights)
-        group.turns = self._chance.randrange(EXPLORE_EVERY)
+        group.turns = self._chance(EXPLORE_EVERY)
         return group
 
     def _ranked(

@@ -152,6 +152,21 @@ def test_a_node_names_its_models_or_stands_for_those_of_its_provider(pair: House
     assert names(plan_of(pair, "open")) == ["many/a", "many/b"]
 
 
+def test_a_hint_is_sought_among_all_models_of_a_provider(house: House, upstream: Upstream) -> None:
+    house.provide("many", f"{upstream.url}/v1", models=tuple(f"m{n}" for n in range(100)))
+    house.route("pick", 1, mode="specific")
+    assert names(plan_of(house, "pick/m77"))[0] == "many/m77"
+    assert names(plan_of(house, "pick")) == ["many/m0", "many/m1"]
+
+
+def test_of_a_node_that_names_no_models_one_that_fits_is_found(house: House, upstream: Upstream) -> None:
+    house.provide("many", f"{upstream.url}/v1", models=tuple(f"m{n}" for n in range(10)))
+    for number in range(9):
+        house.know(1, f"m{number}", context_window=10)
+    house.route("open", 1)
+    assert names(plan_of(house, "open", needs=Needs(prompt_bytes=1000))) == ["many/m9"]
+
+
 def test_a_prompt_goes_only_where_it_may_fit(pair: House) -> None:
     pair.route("fast", 1, 2, strategy="failover")
     pair.know(1, "tiny", context_window=100)

@@ -25,7 +25,7 @@ def route_of(*nodes: Node, mode: str = "auto", strategy: str = "round-robin") ->
 
 
 def state_of(seed: int = 1, clock: Clock | None = None) -> RouteState:
-    return RouteState(chance=random.Random(seed), clock=clock or Clock())
+    return RouteState(chance=random.Random(seed).randrange, clock=clock or Clock())
 
 
 def options_of(route: Route) -> list[Option]:
