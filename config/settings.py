@@ -423,6 +423,8 @@ AUDIT_WATCH = [
     "providers.ActiveProvider",
     "providers.ActiveTarget",
     "proxy.GatewayKey",
+    "proxy.ModelRoute",
+    "proxy.RouteNode",
 ]
 AUDIT_ANCHOR_FILE = DATA_DIR / "audit-head.log"
 
