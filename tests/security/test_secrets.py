@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 import httpx
 from prometheus_client import REGISTRY
 
+from tests.security.conftest import log_in
+from tests.support.api import V1
 from tests.support.gateway import Gateway
 from tests.support.inprocess import House
 from tests.support.rows import spellings
@@ -54,6 +57,74 @@ def test_r03_a_changed_secret_is_503_at_once_and_is_counted_once(house: House, u
     assert not upstream.ledger.records
     assert house.ask("well-model").status_code == 200
     assert failures() == before + 1
+
+
+SPOIL = """
+from providers.models import ApiKey
+from providers.fields import raw
+from tests.security.test_secrets import flipped
+for key in ApiKey.objects.filter(provider__slug="broken"):
+    ApiKey.objects.filter(pk=key.pk).update(secret=flipped(raw(key.secret)))
+"""
+
+
+TOLD = """
+import json
+from audit.models import Entry
+found = Entry.objects.filter(action="undecryptable_key").values_list("seq", "entity_type", "entity_id", "via")
+print(json.dumps(list(found)))
+"""
+
+
+def told(gateway: Gateway) -> list[tuple[int, str, str, str]]:
+    """The audit entries about keys that do not open."""
+    return [tuple(one) for one in json.loads(gateway.shell(TOLD).splitlines()[-1])]
+
+
+def test_r03_whatever_many_requests_and_workers_find_it_is_one_audit_entry(upstream: Upstream) -> None:
+    """On the product, as shipped: two workers, requests one after another, and an administrator who mends it."""
+    url = f"{upstream.url}/v1"
+    with Gateway(start=False, env={"WEB_CONCURRENCY": "2"}) as gateway:
+        gateway.provide(url, slug="well", models=["well-model"], api_key="sk-well-0123456789")
+        key = gateway.provide(
+            url,
+            slug="broken",
+            kind="groq",
+            models=["broken-model"],
+            api_key="sk-broken-0123456789",
+            active=False,
+            allow_private=True,
+        )
+        gateway.shell(SPOIL)
+        gateway.start()
+        with log_in(gateway) as root, gateway.client(key) as client:
+
+            def ask(model: str) -> httpx.Response:
+                # A connection of its own each time, so that both workers are met.
+                headers = {"connection": "close"}
+                return client.post("/v1/chat/completions", json={**HELLO, "model": model}, headers=headers)
+
+            answer = ask("broken-model")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "credential_unavailable")
+            deadline = time.monotonic() + 20
+            while not (entries := told(gateway)):
+                assert time.monotonic() < deadline, gateway.logs()
+            assert [entry[1:] for entry in entries] == [("api_key", entries[0][2], "system")]
+            # Until it is known to both workers the configuration is not yet that of the entry; then it stays.
+            while {ask("well-model").headers["x-penstock-config"] for _ in range(10)} != {str(entries[0][0])}:
+                assert time.monotonic() < deadline
+            assert {ask("broken-model").status_code for _ in range(40)} == {503}
+            time.sleep(1.5)  # the watchers look four times a second, and tell once a second
+            assert ask("well-model").headers["x-penstock-config"] == str(entries[0][0])
+            path = f"{V1}/api-keys/{entries[0][2]}"
+            assert root.get(path).json()["undecryptable_at"]
+            assert (
+                root.patch(path, json={"api_key": "sk-mended-0123456789"}).json()["undecryptable_at"] is None
+            )
+            while ask("broken-model").status_code != 200:
+                assert time.monotonic() < deadline + 10
+            assert told(gateway) == entries
+        assert "Traceback" not in gateway.logs()
 
 
 def test_r03_the_counter_is_among_the_metrics_of_the_product(plain: Gateway) -> None:
