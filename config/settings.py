@@ -176,8 +176,9 @@ def _database(url: str) -> dict[str, Any]:
         options["pool"] = {
             "min_size": min(DATABASE_POOL_MIN, DATABASE_POOL_MAX),
             "max_size": DATABASE_POOL_MAX,
-            # Whoever waits longer is told 503 instead (F22).
-            "timeout": 1.5,
+            # Whoever waits longer is told 503 instead, within two seconds all in all (F22). It is also how long the pool goes
+            # on trying its other connections once the first has not answered.
+            "timeout": 1.2,
             # The pool would try less and less often; ours is asked twice a second and begins anew each time.
             "reconnect_timeout": 2,
             "connection_class": postgres.Connection,
