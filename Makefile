@@ -56,7 +56,7 @@ test: $(VENV)/.installed-dev ## The whole suite: on PostgreSQL and on SQLite, ea
 
 .PHONY: soak
 soak: $(VENV)/.installed-dev ## Long runs: load, kill and chaos
-	PENSTOCK_TEST_DATABASE=postgresql $(PYTEST) -m soak --timeout 7200
+	PENSTOCK_TEST_DATABASE=postgresql $(PYTEST) -m soak -rP --timeout 7200
 
 .PHONY: check
 check: lint $(CHECK_DIR)/env ## Everything CI checks besides tests

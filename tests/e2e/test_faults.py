@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support import answers
+from tests.support import answers, soak
 from tests.support.gateway import Gateway
 from tests.support.postgres import Postgres
 from tests.support.upstream import Upstream
@@ -305,53 +305,71 @@ BUSY_SECONDS = 8
 
 
 def text_of_stream(gateway: Gateway, key: str) -> str:
-    with (
-        gateway.client(key) as client,
-        client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response,
-    ):
+    with gateway.client(key) as client:
+        return stream(client)
+
+
+def stream(client: httpx.Client) -> str:
+    with client.stream("POST", CHAT, json={**HELLO, "stream": True}) as response:
         return response.read().decode()
 
 
-def test_f27_a_hundred_streams_and_edits_at_once_never_find_sqlite_locked() -> None:
+def assert_never_locked(*, streams: int, seconds: float) -> None:
+    """So many streams at a time and an administrator who saves without a pause: all are served, recorded, and nothing is locked."""
     with (
         Upstream(answers.ok(chunks=20, delay=0.1)) as upstream,
-        Gateway(database="sqlite", programs=["drainer"], env={"RATE_LIMIT_REQUESTS": "100000"}) as gateway,
-        ThreadPoolExecutor(100) as pool,
+        Gateway(database="sqlite", programs=["drainer"], env={"RATE_LIMIT_REQUESTS": "1000000"}) as gateway,
+        ThreadPoolExecutor(streams) as pool,
     ):
         administrator(gateway)
         key = gateway.provide(f"{upstream.url}/v1", slug="first")
-        until = time.monotonic() + BUSY_SECONDS
+        until = time.monotonic() + seconds
 
-        def streams() -> list[str]:
-            texts = []
-            while time.monotonic() < until:
-                texts.append(text_of_stream(gateway, key))
-            return texts
+        def work() -> list[bool]:
+            whole = []
+            with gateway.client(key) as client:
+                while time.monotonic() < until:
+                    whole.append("[DONE]" in stream(client))
+            return whole
 
         with console(gateway) as browser:
-            running = [pool.submit(streams) for _ in range(100)]
+            running = [pool.submit(work) for _ in range(streams)]
             row = browser.get("/api/v1/providers?search=first").json()["results"][0]
             edits: list[int] = []
             while time.monotonic() < until:
                 answer = browser.patch(f"/api/v1/providers/{row['id']}", json={"priority": len(edits) + 1})
                 edits.append(answer.status_code)
-            texts = [text for each in running for text in each.result(60)]
+            whole = [each for one in running for each in one.result(60)]
         assert edits and set(edits) == {200}
-        assert len(texts) >= 100 and all("[DONE]" in text for text in texts)
-        wait(lambda: count(gateway) == len(texts), "usage records were lost", 20)
-        assert "database is locked" not in gateway.logs()
+        assert len(whole) >= streams and all(whole)
+        wait(lambda: count(gateway) == len(whole), "usage records were lost", 20)
+        locked = gateway.logs().count("database is locked")
+        soak.say(seconds=seconds, streams=len(whole), edits=len(edits), records=len(whole), locked=locked)
+        assert not locked
 
 
-def test_f27_kill_9_leaves_sqlite_whole() -> None:
+def test_f27_a_hundred_streams_and_edits_at_once_never_find_sqlite_locked() -> None:
+    assert_never_locked(streams=100, seconds=BUSY_SECONDS)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(soak.SECONDS + 300)
+def test_f27_two_hundred_streams_and_edits_for_minutes_never_find_sqlite_locked() -> None:
+    assert_never_locked(streams=200, seconds=soak.SECONDS)
+
+
+def assert_whole_after_kills(*, kills: int, streams: int) -> None:
+    """Everything is killed under load, again and again; whatever was served by then is there, once."""
     with (
         Upstream() as upstream,
         Gateway(database="sqlite", programs=["drainer"]) as gateway,
     ):
         key = gateway.provide(f"{upstream.url}/v1", slug="first")
         served: set[str] = set()
-        for number in range(4):
-            with Load(gateway, key, threads=4, pause=0) as load:
-                time.sleep(0.8 + 0.3 * number)
+        for number in range(kills):
+            with Load(gateway, key, threads=streams, pause=0) as load:
+                # The kill is to meet other moments each time, without being luck.
+                time.sleep(0.8 + 0.3 * (number % 4))
                 gateway.kill9("drainer")
                 gateway.kill9("web")
             served |= load.served
@@ -361,6 +379,17 @@ def test_f27_kill_9_leaves_sqlite_whole() -> None:
                 assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert served
         wait(lambda: served <= set(records(gateway)), "usage records were lost", 20)
+        soak.say(kills=kills, served=len(served))
+
+
+def test_f27_kill_9_leaves_sqlite_whole() -> None:
+    assert_whole_after_kills(kills=4, streams=4)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(soak.SECONDS * 10 + 300)
+def test_f27_kill_9_a_hundred_times_leaves_sqlite_whole() -> None:
+    assert_whole_after_kills(kills=max(1, round(soak.SECONDS / 3)), streams=16)
 
 
 # -- F36 and F38: secrets that change --------------------------------------------------------------------------------
