@@ -11,8 +11,9 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,7 @@ class Told:
     """One answer. took: seconds from asking to the end; first_after: to the first byte of the body.
 
     whole: the body ended as HTTP says it should. closed: the server closed the connection after the answer (None: not looked).
+    left: the caller went away before the end. Fill it in before reading from it: what is parsed once is kept.
     """
 
     name: str
@@ -42,7 +44,7 @@ class Told:
     def streamed(self) -> bool:
         return self.headers.get("content-type", "").startswith("text/event-stream")
 
-    @property
+    @cached_property
     def blocks(self) -> list[bytes]:
         return [block for block in self.body.split(b"\n\n") if block.strip()]
 
@@ -50,7 +52,7 @@ class Told:
     def comments(self) -> list[bytes]:
         return [block for block in self.blocks if block.startswith(b":")]
 
-    @property
+    @cached_property
     def events(self) -> list[Any]:
         """The data of each event, `[DONE]` as that text. The last one of a stream that was cut may be half of one."""
         found: list[Any] = []
@@ -62,11 +64,11 @@ class Told:
             found.append(DONE if text == DONE else json.loads(text))
         return found
 
-    @property
+    @cached_property
     def chunks(self) -> list[dict[str, Any]]:
         return [event for event in self.events if isinstance(event, dict) and "error" not in event]
 
-    @property
+    @cached_property
     def deltas(self) -> list[dict[str, Any]]:
         return [choice["delta"] for chunk in self.chunks for choice in chunk.get("choices", ())]
 
@@ -74,7 +76,7 @@ class Told:
     def text(self) -> str:
         if self.streamed:
             return "".join(delta.get("content") or "" for delta in self.deltas)
-        if self.status != 200:
+        if self.status != 200 or self.left:
             return ""
         return str(json.loads(self.body)["choices"][0]["message"]["content"])
 
@@ -218,9 +220,3 @@ def closes(wire: socket.socket, within: float = CLOSES_WITHIN) -> bool:
         return True
     except TimeoutError:
         return False
-
-
-def by_name(tolds: Iterable[Told]) -> dict[str, Told]:
-    found = {told.name: told for told in tolds}
-    assert found, "nobody was told anything"
-    return found
