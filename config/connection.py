@@ -56,9 +56,17 @@ class Exchange(RequestResponseCycle):
         self._keep_alive = value
 
     def disconnect(self) -> None:
-        """Tell the application that nobody listens any more; what it still sends is dropped."""
+        """Tell the application that nobody listens any more; what it still sends is dropped.
+
+        An application that does not want to wait for the message keeps a function in `scope["state"]["on_leaving"]`, and looks
+        whether `scope["state"]` has `gone` (`proxy.consumers.http.Leaving`).
+        """
         if not self.response_complete:
             self.disconnected = True
+            state = self.scope["state"]
+            state["gone"] = True
+            if (tell := state.get("on_leaving")) is not None:
+                tell()
         self.message_event.set()
 
     async def send_500_response(self) -> None:

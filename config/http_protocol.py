@@ -214,6 +214,7 @@ class HttpProtocol(HttpToolsProtocol):
         head.check(method=method, version=version, upgrade=upgrade)
         self.url = origin_form(self.url, host=head.host)
         scope["method"], scope["http_version"] = method, version
+        scope["state"]["on_leaving"] = None  # See Exchange.disconnect.
         raw_path, _, scope["query_string"] = self.url.partition(b"?")
         scope["raw_path"], scope["path"] = raw_path, _decode(raw_path)
         if upgrade and head.wants_websocket(method=method):
@@ -275,6 +276,10 @@ class HttpProtocol(HttpToolsProtocol):
         if not self._websocket and not self.cycle.response_complete:
             self.cycle.more_body = False
             self.cycle.message_event.set()
+            if self.cycle is self._running:
+                # A large body may have stopped the reading, and an application that has all of it asks for nothing more:
+                # the caller's leaving would go unnoticed.
+                self.flow.resume_reading()
         self._since = 0.0
 
     def on_response_complete(self) -> None:

@@ -77,7 +77,8 @@ class Limits:
         self._clock = clock
         self._lease = int(lease_seconds * SECOND)
         self._book = Book()
-        self._names = (f"{uuid.uuid4().hex}:{number}" for number in itertools.count())
+        process = uuid.uuid4().hex
+        self._names = (f"{process}:{number}" for number in itertools.count())
         self._sweeps = 0
 
     @property

@@ -1,29 +1,29 @@
 """The way from a process to the limits in Redis: one connection, and the breaker that gives Redis up for a while.
 
-Operations that wait are sent together in one write, so a burst costs one round trip, keeps its order, and needs no more
-than one connection. Nothing read from Redis is trusted for anything but counting: answers must be whole numbers.
+Operations are written as they come, together with whatever else the same turn of the event loop brought, and their replies
+are read in that order: a burst costs one round trip and no task. Nothing read from Redis is trusted for anything but
+counting: answers must be whole numbers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
-from hiredis import pack_command
+import hiredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ResponseError
 
 from proxy.limits_lua import HOLD, SCRIPTS, Script
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 0.05
-"""Seconds for a round trip, connecting included."""
+"""Seconds that Redis may be silent while something waits for it, connecting included."""
 GRACE = 0.005
 """The end of TIMEOUT, begun again when the event loop was late: a busy process is not a silent Redis."""
 ERRORS_IN_A_ROW = 5
@@ -31,7 +31,6 @@ REST_SECONDS = 5.0
 LINGER = 0.01
 """Seconds that what nobody waits for may wait for company: a write wakes Redis up, which costs more than what it says."""
 
-BATCH = 512
 UNDELIVERED = 20_000
 
 Word = str | int | float | bytes | memoryview
@@ -39,11 +38,8 @@ Words = tuple[Word, ...]
 
 
 def _packed(words: Words) -> bytes:
-    packed: bytes = pack_command(words)  # type: ignore[arg-type]  # the stub says tuple[X], and means tuple[X, ...]
+    packed: bytes = hiredis.pack_command(words)
     return packed
-
-
-_LOADS = b"".join([_packed(("SCRIPT", "LOAD", script.source)) for script in SCRIPTS])
 
 
 class LinkFailed(Exception):
@@ -52,16 +48,53 @@ class LinkFailed(Exception):
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """`words` as sent. `again`: sent again once Redis is back, if it was not done; only what may be done twice."""
+    """`words` as sent. `again`: sent again once Redis is back, if it was not done; only what may be done twice.
+
+    since: when it was handed to the connection, in the loop's time. resent: it went out on a second connection.
+    """
 
     words: Words
     script: Script | None = None
     again: bool = False
     answer: asyncio.Future[object] | None = None
+    since: float = 0.0
+    resent: bool = False
 
 
 def call(script: Script, *keys: str, words: Words, again: bool = False) -> Operation:
     return Operation(("EVALSHA", script.digest, len(keys), *keys, *words), script, again)
+
+
+class Wire(asyncio.Protocol):
+    """An open connection: operations that were written, in order, and the parser that reads their replies."""
+
+    def __init__(self, writer: asyncio.StreamWriter, link: Link) -> None:
+        self._writer = writer  # Kept: it closes its transport when nobody does any more.
+        self._transport = cast(asyncio.Transport, writer.transport)
+        self._transport.set_protocol(self)
+        self._link = link
+        self._reader = hiredis.Reader()
+        self.sent: deque[Operation] = deque()
+        self.write([Operation(("SCRIPT", "LOAD", script.source)) for script in SCRIPTS])
+
+    def write(self, operations: Iterable[Operation]) -> None:
+        self.sent.extend(operations)
+        self._transport.write(b"".join([_packed(operation.words) for operation in operations]))
+
+    def data_received(self, data: bytes) -> None:
+        self._link.heard()
+        self._reader.feed(data)
+        try:
+            while self.sent and (reply := self._reader.gets()) is not False:
+                self._link.settle(self.sent.popleft(), reply)
+        except hiredis.ProtocolError as error:
+            self._link.lost(self, error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._link.lost(self, exc or ConnectionResetError())
+
+    def abort(self) -> None:
+        self._transport.abort()
 
 
 class Link:
@@ -73,14 +106,17 @@ class Link:
         self._clock = clock
         self._errors = 0
         self._tried = 0.0
-        self._queue: deque[Operation] = deque()
+        self._heard = 0.0
+        self._queue: list[Operation] = []
         self._undelivered: deque[Operation] = deque(maxlen=UNDELIVERED)
-        self._connection: AbstractConnection | None = None
-        self._sender: asyncio.Task[None] | None = None
+        self._wire: Wire | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._writing: asyncio.Handle | None = None
         self._lingering: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
 
     async def ask(self, operation: Operation) -> list[int]:
-        """The numbers a script answers. Raises LinkFailed after TIMEOUT at the latest, twice that behind a slow one."""
+        """The numbers a script answers. Raises LinkFailed when Redis is silent for TIMEOUT."""
         reply = await self._do(operation)
         if isinstance(reply, list) and all(type(item) is int for item in reply):
             return reply
@@ -93,8 +129,8 @@ class Link:
         """
         if not self.open:
             self._queue.append(operation)
-            if self._idle and self._lingering is None:
-                self._lingering = asyncio.get_running_loop().call_later(LINGER, self._start)
+            if self._writing is None and self._lingering is None:
+                self._lingering = asyncio.get_running_loop().call_later(LINGER, self._write)
         elif operation.again:
             self._undelivered.append(operation)
 
@@ -105,11 +141,10 @@ class Link:
             self.send(operation)
 
     async def flush(self) -> None:
-        """Wait until what is queued was sent. Being cancelled here stops nothing."""
-        if self._queue:
-            self._start()
-        if self._sender is not None and not self._sender.done():
-            await asyncio.wait({self._sender})
+        """Wait until what was sent before has been answered. Being cancelled here stops nothing."""
+        if self._queue or self._waiting:
+            with contextlib.suppress(LinkFailed):
+                await self._do(Operation(("PING",)))
 
     async def recover(self) -> bool:
         """Try an open breaker, at most every REST_SECONDS; whether Redis is back.
@@ -129,72 +164,139 @@ class Link:
 
     async def close(self) -> None:
         await self.flush()
-        if self._connection is not None:
-            await self._connection.disconnect(nowait=True)
-            self._connection = None
+        self._hang_up()
+
+    # -- from here to Redis ------------------------------------------------------------------------------------------
 
     async def _do(self, operation: Operation) -> object:
-        operation.answer = asyncio.get_running_loop().create_future()
-        self._enqueue(operation)
+        loop = asyncio.get_running_loop()
+        operation.answer = loop.create_future()
+        self._queue.append(operation)
+        if self._writing is None:
+            # At the end of this turn of the loop, so that all of its requests go out in one write.
+            self._writing = loop.call_soon(self._write)
         return await operation.answer
 
-    def _enqueue(self, operation: Operation) -> None:
-        self._queue.append(operation)
-        self._start()
-
-    @property
-    def _idle(self) -> bool:
-        return self._sender is None or self._sender.done()
-
-    def _start(self) -> None:
-        """Begin to send what is queued, unless that is under way."""
+    def _write(self) -> None:
         if self._lingering is not None:
             self._lingering.cancel()
-            self._lingering = None
-        if self._idle:
-            self._sender = asyncio.get_running_loop().create_task(self._send_all())
+        self._writing = self._lingering = None
+        if not self._queue:
+            return
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for operation in self._queue:
+            operation.since = operation.since or now
+        if self._watch is None:
+            self._watch = loop.call_later(TIMEOUT - GRACE, self._look)
+        if self._wire is not None:
+            self._wire.write(self._queue)
+            self._queue = []
+        elif self._connecting is None:
+            self._connecting = loop.create_task(self._connect())
 
-    async def _send_all(self) -> None:
-        while self._queue:
-            batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
-            try:
-                replies = await self._exchange(batch)
-            except Exception as error:  # noqa: BLE001  # whatever it is, requests go on without Redis
-                batch.extend(self._queue)
-                self._queue.clear()
-                self._count_errors(max(1, sum(operation.answer is not None for operation in batch)), error)
-                for operation in batch:
-                    self._fail(operation, error)
-            else:
-                for operation, reply in zip(batch, replies, strict=True):
-                    self._settle(operation, reply)
-
-    async def _exchange(self, batch: list[Operation]) -> list[object]:
-        payload = b"".join([_packed(operation.words) for operation in batch])
-        connection = self._connection = self._connection or _make_connection(self._url)
-        replies: list[object] = []
+    async def _connect(self) -> None:
+        """redis-py reads the address, opens the connection and signs in; from then on the wire has it."""
+        pool = ConnectionPool.from_url(
+            self._url, protocol=2, driver_info=None, socket_timeout=None, socket_connect_timeout=None
+        )
+        connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py has it without types
         try:
-            async with _deadline():
-                if connection.is_connected:
-                    try:
-                        return await _round_trip(connection, payload, len(batch), replies)
-                    except RedisConnectionError:
-                        if replies:
-                            raise
-                        # Closed while it was idle, or the server was restarted: once more, on a new one.
-                        await connection.disconnect(nowait=True)
-                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py has it without types
-                await _round_trip(connection, _LOADS, len(SCRIPTS), [])
-                return await _round_trip(connection, payload, len(batch), replies)
+            await connection.connect()  # type: ignore[no-untyped-call]  # as above
+        except Exception as error:  # noqa: BLE001  # whatever it is, requests go on without Redis
+            self._connecting = None
+            self._give_up(error)
+            return
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
+        self._connecting = None
+        # redis-py has no public way to hand over its stream, and reading through it costs a request twice as much.
+        writer = cast(asyncio.StreamWriter, connection._writer)
+        connection._reader = connection._writer = None
+        self._wire = Wire(writer, self)
+        self._write()
 
-    def _settle(self, operation: Operation, reply: object) -> None:
-        if isinstance(reply, NoScriptError) and operation.script and operation.words[0] == "EVALSHA":
+    # -- and back ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _waiting(self) -> bool:
+        return self._connecting is not None or bool(self._wire is not None and self._wire.sent)
+
+    def heard(self) -> None:
+        self._heard = asyncio.get_running_loop().time()
+
+    def _look(self) -> None:
+        """Once in TIMEOUT while something waits: has Redis been silent for so long?"""
+        self._watch = None
+        oldest = self._oldest()
+        if oldest is None:
+            return
+        loop = asyncio.get_running_loop()
+        left = max(oldest.since, self._heard) + TIMEOUT - GRACE - loop.time()
+        if left > 0:
+            self._watch = loop.call_later(left, self._look)
+        else:
+            # What has arrived meanwhile is read before this comes, however late the loop is.
+            self._watch = loop.call_later(GRACE, self._judge, oldest)
+
+    def _judge(self, oldest: Operation) -> None:
+        self._watch = None
+        if self._oldest() is oldest:
+            self._give_up(TimeoutError())
+        elif self._waiting:
+            self._look()
+
+    def _oldest(self) -> Operation | None:
+        if self._wire is not None and self._wire.sent:
+            # The scripts are loaded ahead of the first question, and nobody waits for them.
+            return next((each for each in self._wire.sent if each.since), None)
+        return self._queue[0] if self._connecting is not None and self._queue else None
+
+    def lost(self, wire: Wire, error: Exception) -> None:
+        """The connection is gone. It may have been idle, or the server was restarted: once more, on a new one."""
+        if wire is not self._wire:
+            return
+        again = [each for each in wire.sent if each.since]
+        self._wire = None
+        wire.abort()
+        if any(each.resent for each in again) or (again and self._heard > again[0].since):
+            self._queue[:0] = again
+            self._give_up(error)
+            return
+        for operation in again:
+            operation.resent = True
+        self._queue[:0] = again
+        self._write()
+
+    def _give_up(self, error: Exception) -> None:
+        """Fail everything that waits."""
+        failed = [] if self._wire is None else [each for each in self._wire.sent if each.since]
+        failed += self._queue
+        self._queue = []
+        self._hang_up()
+        self._count_errors(max(1, sum(operation.answer is not None for operation in failed)), error)
+        for operation in failed:
+            self._fail(operation, error)
+
+    def _hang_up(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.abort()
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def settle(self, operation: Operation, reply: object) -> None:
+        """`reply` is what Redis says to `operation`; an error of its own is an exception here."""
+        if isinstance(reply, Exception) and str(reply).startswith("NOSCRIPT") and operation.script:
             if operation.answer is None or not operation.answer.done():
                 operation.words = ("EVAL", operation.script.source, *operation.words[2:])
                 self._queue.append(operation)
+                self._writing = self._writing or asyncio.get_running_loop().call_soon(self._write)
         elif isinstance(reply, Exception) and not str(reply).startswith("WRONGTYPE"):
             self._count_errors(int(operation.answer is not None), reply)
             self._fail(operation, reply)
@@ -212,6 +314,7 @@ class Link:
 
     def _fail(self, operation: Operation, error: Exception) -> None:
         if operation.again:
+            operation.since, operation.resent = 0.0, False
             self._undelivered.append(operation)
         if operation.answer is not None and not operation.answer.done():
             operation.answer.set_exception(LinkFailed(_reason(error)))
@@ -220,39 +323,6 @@ class Link:
 def _has_written(operation: Operation, reply: object) -> bool:
     """Whether this proves that Redis takes writes: removing a member or refusing a request works on a full one, too."""
     return isinstance(reply, list) and not (operation.script is HOLD and reply[:1] != [0])
-
-
-def _make_connection(url: str) -> AbstractConnection:
-    pool = ConnectionPool.from_url(
-        url, protocol=2, driver_info=None, socket_timeout=None, socket_connect_timeout=None, max_connections=1
-    )
-    connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py has it without types
-    return connection
-
-
-async def _round_trip(
-    connection: AbstractConnection, payload: bytes, count: int, into: list[object]
-) -> list[object]:
-    """Send, and read `count` replies `into` the list, error replies as exceptions."""
-    await connection.send_packed_command(payload, check_health=False)
-    for _ in range(count):
-        try:
-            into.append(await connection.read_response(disable_decoding=True))
-        except ResponseError as error:
-            into.append(error)
-    return into
-
-
-@asynccontextmanager
-async def _deadline() -> AsyncIterator[None]:
-    """TimeoutError after TIMEOUT, of which the last part only runs while the event loop does."""
-    loop = asyncio.get_running_loop()
-    async with asyncio.timeout(None) as timeout:
-        timer = loop.call_later(TIMEOUT - GRACE, lambda: timeout.reschedule(loop.time() + GRACE))
-        try:
-            yield
-        finally:
-            timer.cancel()
 
 
 def _reason(error: Exception) -> str:

@@ -145,7 +145,8 @@ class Watcher:
         failing = False
         while not self._stop.wait(POLL_SECONDS):
             try:
-                close_old_connections()
+                if connection.vendor != "sqlite":
+                    close_old_connections()  # A file cannot move to another host, and opening it costs more than reading it.
                 self.refresh()
                 if failing:
                     logger.warning("the database answers again")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -56,6 +57,7 @@ class HttpRequest:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
+        self._state: dict[str, Any] = scope.get("state", {})
         self.headers: RawHeaders = scope["headers"]
         self._named = named = dict(scope["headers"])
         self.address = (scope.get("client") or ("",))[0]
@@ -86,22 +88,36 @@ class HttpRequest:
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def left(self, running: Running) -> Leaving:
-        return Leaving(self._receive, running)
+        return Leaving(self._state, self._receive, running)
 
 
 class Leaving:
-    """While the block runs, the caller's leaving ends it; the watching itself always ends with the block."""
+    """While the block runs, the caller's leaving ends it; the watching itself always ends with the block.
 
-    __slots__ = ("_receive", "_running", "_watching")
+    Our own server calls a function that it finds in the request's state. Of any other (daphne, in development) a task waits for
+    the message, which costs every request a tenth of what it takes.
+    """
 
-    def __init__(self, receive: Receive, running: Running) -> None:
+    __slots__ = ("_receive", "_running", "_state", "_watching")
+
+    def __init__(self, state: dict[str, Any], receive: Receive, running: Running) -> None:
+        self._state = state
         self._receive = receive
         self._running = running
+        self._watching: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
-        self._watching = asyncio.create_task(self._watch())
+        if self._state.get("gone"):
+            self._leave()
+        elif "on_leaving" in self._state:
+            self._state["on_leaving"] = self._leave
+        else:
+            self._watching = asyncio.create_task(self._watch())
 
     async def __aexit__(self, *exception: object) -> None:
+        if self._watching is None:
+            self._state["on_leaving"] = None
+            return
         self._watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._watching
@@ -109,6 +125,9 @@ class Leaving:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._leave()
+
+    def _leave(self) -> None:
         self._running.end("client_left")
 
 
@@ -124,15 +143,14 @@ class HttpSink:
         self.begun = False
 
     async def begin(self, attempt: Attempt) -> None:
-        self._streams = attempt.call.chat.stream
+        call, candidate = attempt.call, attempt.candidate
+        self._streams = call.chat.stream
         headers = [
             EVENT_STREAM if self._streams else JSON,
-            (b"x-penstock-provider", attempt.candidate.upstream.slug.encode()),
-            (b"x-penstock-model", header_text(attempt.candidate.model)),
-            (b"x-penstock-attempts", str(attempt.number).encode()),
-            (b"x-penstock-config", str(attempt.call.config_version).encode()),
-            (b"x-penstock-route", header_text(attempt.call.plan.route)),
-            *attempt.call.held.headers,
+            *taken_way(candidate.upstream.slug, candidate.model, call.plan.route),
+            (b"x-penstock-attempts", b"%d" % attempt.number),
+            (b"x-penstock-config", b"%d" % call.config_version),
+            *call.held.headers,
         ]
         await self._start(200, headers)
 
@@ -233,6 +251,16 @@ class NothingConsumer(DataPlaneConsumer):
             raise NotFound
         except GatewayError as error:
             await HttpSink(scope, send, request.id).fail(error)
+
+
+@functools.lru_cache(maxsize=4096)
+def taken_way(slug: str, model: str, route: str) -> tuple[tuple[bytes, bytes], ...]:
+    """The headers that say where an answer comes from."""
+    return (
+        (b"x-penstock-provider", slug.encode()),
+        (b"x-penstock-model", header_text(model)),
+        (b"x-penstock-route", header_text(route)),
+    )
 
 
 def header_text(text: str) -> bytes:

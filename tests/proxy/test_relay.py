@@ -439,12 +439,15 @@ def test_f15_the_provider_is_stopped_within_a_second_of_the_callers_leaving(
     assert record["tokens_source"] == "estimated" and record["prompt_tokens"] > 0
 
 
-def test_f14_leaving_before_the_first_byte_stops_the_provider_too(pair: House, upstream: Upstream) -> None:
+@pytest.mark.parametrize("prompt", ["hello", "a long river " * 20_000], ids=["short", "longer than a buffer"])
+def test_f14_leaving_before_the_first_byte_stops_the_provider_too(
+    pair: House, upstream: Upstream, prompt: str
+) -> None:
     upstream.behave(faults.silence())
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{pair.url}/v1/chat/completions",
-            json={"messages": [{"role": "user", "content": "hello"}]},
+            json={"messages": [{"role": "user", "content": prompt}]},
             headers={"Authorization": f"Bearer {pair.key}"},
             timeout=0.3,
         )
