@@ -63,7 +63,7 @@ def test_a_stream_that_breaks_a_promise_is_found(events: tuple[Any, ...]) -> Non
 
 
 @pytest.mark.parametrize("fields", [{"whole": False}, {"closed": False}])
-def test_a_body_without_its_end_and_a_connection_that_stays_open_are_found(fields: dict[str, bool]) -> None:
+def test_a_body_without_its_end_and_a_connection_that_stays_open_are_found(fields: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         told(ROLE, ONE, ERROR, **fields).check()
 
