@@ -36,6 +36,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         "providers": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "models": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "active": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
+        "routes": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "api_keys": {Role.VIEWER: _READ, Role.OPERATOR: frozenset({"read", "add", "replace", "test"})},
         "gateway_keys": {
             Role.VIEWER: _READ,
@@ -62,6 +63,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         ),
         "models": ("providers.upstreammodel",),
         "active": ("providers.activeprovider", "providers.activetarget"),
+        "routes": ("proxy.modelroute", "proxy.routenode"),
         "api_keys": ("providers.apikey", "providers.keyuse"),
         "gateway_keys": ("proxy.gatewaykey", "proxy.gatewaykeyuse"),
         "usage": ("proxy.usagerecord",),

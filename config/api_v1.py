@@ -11,6 +11,7 @@ from providers.api.active import Active
 from providers.api.api_keys import ApiKeys
 from providers.api.views import Servers, VendorsAndServers
 from proxy.api.gateway_keys import GatewayKeys
+from proxy.api.model_routes import ModelRoutes
 
 
 class Router(SimpleRouter):
@@ -42,6 +43,7 @@ router = Router()
 router.register("servers", Servers, basename="server")
 router.register("providers", VendorsAndServers, basename="provider")
 router.register("api-keys", ApiKeys, basename="api-key")
+router.register("model-routes", ModelRoutes, basename="model-route")
 router.register("gateway-keys", GatewayKeys, basename="gateway-key")
 active_router = ActiveRouter()
 active_router.register("active", Active, basename="active")

@@ -23,6 +23,16 @@ def keep_our_logging(**kwargs: Any) -> None:
 
 @worker_init.connect
 @beat_init.connect
+@worker_process_init.connect
+def keep_memory_to_itself(**kwargs: Any) -> None:
+    """Probes open secrets, and the environment of each of these holds the encryption key (R09)."""
+    from providers.hardening import harden_process
+
+    harden_process()
+
+
+@worker_init.connect
+@beat_init.connect
 def refuse_wrong_key(**kwargs: Any) -> None:
     """A wrong setting or encryption key ends the process with one line, before anything is done."""
     from django.conf import settings

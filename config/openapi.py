@@ -129,7 +129,10 @@ def _data_plane_paths() -> dict[str, Schema]:
         "type": "object",
         "additionalProperties": True,
         "properties": {
-            "model": {"type": "string", "description": "A model, <provider slug>/<model>, or auto."},
+            "model": {
+                "type": "string",
+                "description": "A model route, a model, <provider slug>/<model>, or auto.",
+            },
             "provider_id": {"type": ["integer", "string"], "description": "The id or slug of a provider."},
             "messages": {"type": "array", "items": {"type": "object", "additionalProperties": True}},
             "stream": {"type": "boolean", "default": False},

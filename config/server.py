@@ -2,15 +2,12 @@
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import ipaddress
 import logging
 import os
-import resource
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from types import FrameType
@@ -26,7 +23,6 @@ from config.http_protocol import HttpProtocol
 logger = logging.getLogger(__name__)
 
 WEBSOCKET_MESSAGE_BYTES = 1024 * 1024
-_PR_SET_DUMPABLE = 4  # <linux/prctl.h>
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -230,16 +226,3 @@ def bind(host: str, port: int) -> socket.socket:
             reason = f"cannot be used: {exc.strerror}"
         raise SystemExit(f"port {port} on {host} {reason}") from None
     return sock
-
-
-def harden_process() -> None:
-    """No core file and no reading of our memory by others of the same user, for this process and its children."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0 if hard else hard))
-    prctl(_PR_SET_DUMPABLE, 0)
-
-
-def prctl(option: int, value: int) -> None:
-    """Call prctl(2) where there is one; elsewhere do nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)

@@ -15,6 +15,7 @@ from csp.constants import NONCE, NONE, SELF
 
 from config import logs, theme
 from config.env import Reader, key_from_text
+from proxy.keys import parse as parse_gateway_key
 
 VERSION = "0.1.0"
 BASE_DIR = Path(__file__).resolve().parent.parent
@@ -61,6 +62,13 @@ def _signing_key(name: str) -> str:
     return secrets.token_urlsafe(64)
 
 
+def _gateway_key(text: str) -> str:
+    """ValueError when it is not well-formed; then nothing is done yet, not even a migration."""
+    if parse_gateway_key(text) is None:
+        raise ValueError
+    return text
+
+
 SECRET_KEY = _signing_key("SECRET_KEY")
 JWT_SIGNING_KEY = _signing_key("JWT_SIGNING_KEY")
 PENSTOCK_ENCRYPTION_KEY = env.key("PENSTOCK_ENCRYPTION_KEY")
@@ -71,7 +79,12 @@ PENSTOCK_NEW_ENCRYPTION_KEY = env.read(
     "write base64url of at least 32 random bytes, or leave it out",
 )
 PENSTOCK_PEPPERS = env.peppers("PENSTOCK_PEPPERS")
-PENSTOCK_GATEWAY_KEY = env.text("PENSTOCK_GATEWAY_KEY")
+PENSTOCK_GATEWAY_KEY = env.read(
+    "PENSTOCK_GATEWAY_KEY",
+    "",
+    _gateway_key,
+    "write a whole key, pen_live_ and its checksum included, or leave it out and one is made",
+)
 OPENROUTER_API_KEY = env.text("OPENROUTER_API_KEY")
 DJANGO_SUPERUSER_USERNAME = env.text("DJANGO_SUPERUSER_USERNAME")
 DJANGO_SUPERUSER_PASSWORD = env.text("DJANGO_SUPERUSER_PASSWORD")
@@ -176,8 +189,9 @@ def _database(url: str) -> dict[str, Any]:
         options["pool"] = {
             "min_size": min(DATABASE_POOL_MIN, DATABASE_POOL_MAX),
             "max_size": DATABASE_POOL_MAX,
-            # Whoever waits longer is told 503 instead (F22).
-            "timeout": 1.5,
+            # Whoever waits longer is told 503 instead, within two seconds all in all (F22). It is also how long the pool goes
+            # on trying its other connections once the first has not answered.
+            "timeout": 1.2,
             # The pool would try less and less often; ours is asked twice a second and begins anew each time.
             "reconnect_timeout": 2,
             "connection_class": postgres.Connection,
@@ -423,6 +437,8 @@ AUDIT_WATCH = [
     "providers.ActiveProvider",
     "providers.ActiveTarget",
     "proxy.GatewayKey",
+    "proxy.ModelRoute",
+    "proxy.RouteNode",
 ]
 AUDIT_ANCHOR_FILE = DATA_DIR / "audit-head.log"
 

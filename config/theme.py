@@ -75,7 +75,10 @@ UNFOLD: dict[str, Any] = {
             },
             {
                 "title": "2 · Choose",
-                "items": [_page("Active provider", "alt_route", "providers.activeprovider")],
+                "items": [
+                    _page("Active provider", "alt_route", "providers.activeprovider"),
+                    _page("Model routes", "fork_right", "proxy.modelroute"),
+                ],
             },
             {
                 "title": "3 · Give access",

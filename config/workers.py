@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from uvicorn.config import STARTUP_FAILURE
 
-from config.server import prctl
+from providers.hardening import prctl
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

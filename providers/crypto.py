@@ -27,7 +27,7 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from providers.errors import CredentialUnavailable, KeyringUnavailable
+from providers.errors import CredentialUndecryptable, KeyringUnavailable
 
 ROUNDS = 600_000
 DOTS = "••••"
@@ -100,17 +100,19 @@ class Keyring:
         return f"v1.{self.primary}.{_b64(nonce + sealed)}"
 
     def open(self, sealed: str, *, aad: bytes) -> Secret:
-        """The value; CredentialUnavailable when the key is gone, or anything about it was changed."""
+        """The value; CredentialUndecryptable when the key is gone, or anything about it was changed."""
         kid = key_id(sealed)
         key = self.keys.get(kid)
         blob = sealed.removeprefix(f"v1.{kid}.")
         if key is None:
-            raise CredentialUnavailable(detail="sealed under a key that is not in the keyring")
+            raise CredentialUndecryptable(detail="sealed under a key that is not in the keyring")
         try:
             data = _unb64(blob)
             return Secret(_cipher(key).decrypt(data[:12], data[12:], aad).decode())
         except (InvalidTag, ValueError, binascii.Error) as error:
-            raise CredentialUnavailable(detail="the sealed value was changed or belongs elsewhere") from error
+            raise CredentialUndecryptable(
+                detail="the sealed value was changed or belongs elsewhere"
+            ) from error
 
     def fingerprint(self, plaintext: str) -> str:
         """A keyed hash that says "the same secret" and nothing else."""

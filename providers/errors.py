@@ -3,7 +3,8 @@
     ProviderError
     ├── UnknownKind                 a provider row names a kind that no adapter serves
     ├── CredentialUnavailable       the secret cannot be opened; nothing was dialled
-    │   └── KeyringUnavailable      there is no usable keyring at all
+    │   ├── KeyringUnavailable      there is no usable keyring at all
+    │   └── CredentialUndecryptable the sealed value was changed, or belongs elsewhere
     ├── DestinationNotAllowed       the address may not be dialled
     ├── HeaderNotAllowed            a custom header of the row may not be sent
     └── UpstreamError               something was dialled, and it went wrong
@@ -81,6 +82,10 @@ class CredentialUnavailable(ProviderError):
 class KeyringUnavailable(CredentialUnavailable):
     failover = False
     message = "The keyring cannot be opened."
+
+
+class CredentialUndecryptable(CredentialUnavailable):
+    pass
 
 
 class DestinationNotAllowed(ProviderError):

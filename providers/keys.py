@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 from django.core.exceptions import ValidationError
+from django.utils import timezone
 
+from audit.changes import changes, record
 from providers import crypto, keyring
 from providers.crypto import Secret
-from providers.models import ApiKey, Provider
+from providers.models import ApiKey, KeyUse, Provider
 from providers.wire import origin_of
 
 ACCEPTED = re.compile(r"[\x21-\x7e]{1,4096}")
@@ -31,7 +33,7 @@ def check_value(value: str) -> None:
 def store(key: ApiKey, value: str) -> None:
     """Put a new secret, or a reference to one, into `key`, sealed for its provider's origin. Does not save.
 
-    Raises ValidationError when the value cannot be a key.
+    What was known of the former one ends with it. Raises ValidationError when the value cannot be a key.
     """
     check_value(value)
     ring = keyring.current()
@@ -40,12 +42,42 @@ def store(key: ApiKey, value: str) -> None:
     key.reference = value if REFERENCE.match(value) else ""
     # Four characters of a short key would be most of it.
     key.last4 = value[-4:] if not key.reference and len(value) >= 12 else ""
+    if key.pk:
+        KeyUse.objects.filter(api_key=key.pk).update(undecryptable_at=None)
 
 
 def opened(key: ApiKey) -> Secret:
     """The sealed content of `key`: a secret or a reference. Raises CredentialUnavailable."""
     credential = key.credential()
     return keyring.current().open(credential.stored, aad=_aad(key, key.provider))
+
+
+def note_undecryptable(key_id: int) -> bool:
+    """Record that what is stored for this key does not open: once for each broken secret, whoever asks; whether it was now.
+
+    The row itself is looked at, because a request may have held a value that was replaced since. Raises AuditUnavailable,
+    DatabaseError or WrongEncryptionKey; then nothing was recorded.
+    """
+    key = ApiKey.objects.select_related("provider", "use").filter(pk=key_id).first()
+    if key is None or (hasattr(key, "use") and key.use.undecryptable_at is not None):
+        return False
+    # Read after the row, so that it holds the data key of whatever a rotation has put there.
+    keyring.load_if_changed()
+    if not keyring.problem(key):
+        return False
+    with changes(actor=None, via="system"):
+        KeyUse.objects.get_or_create(api_key=key)
+        now = timezone.now()
+        same = KeyUse.objects.filter(api_key=key, api_key__secret=key.secret, undecryptable_at=None)
+        won = bool(same.update(undecryptable_at=now))
+        if won:
+            record(
+                key,
+                verb="undecryptable",
+                before={"undecryptable_at": None},
+                after={"undecryptable_at": now.isoformat()},
+            )
+    return won
 
 
 def write_default(provider: Provider, value: str, *, created_by: str = "", enable: bool = True) -> ApiKey:

@@ -1,7 +1,7 @@
 """What we ourselves refuse on the data plane, as one tree; what providers do wrong is in providers.errors.
 
 GatewayError
-├── InvalidRequest          400; InvalidJson
+├── InvalidRequest          400; InvalidJson, ContextTooLong
 ├── InvalidApiKey           401
 ├── AddressNotAllowed       403 by address
 ├── ModelNotAllowed         403 by the key's scope
@@ -50,6 +50,11 @@ class InvalidRequest(GatewayError):
 class InvalidJson(InvalidRequest):
     code = "invalid_json"
     message = "The body is not a JSON object."
+
+
+class ContextTooLong(InvalidRequest):
+    code = "context_length_exceeded"
+    message = "The prompt is longer than the context of every model that could answer."
 
 
 class InvalidApiKey(GatewayError):

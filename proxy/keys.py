@@ -12,12 +12,14 @@ import secrets
 import string
 import zlib
 from datetime import timedelta
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from django.conf import settings
 from django.utils import timezone
 
-from proxy.models import GatewayKey
+if TYPE_CHECKING:
+    # The form of keys is also known to the settings, which are read before there are models.
+    from proxy.models import GatewayKey
 
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 FORM = re.compile(r"pen_live_(?P<id>[0-9A-Za-z]{10})(?P<secret>[0-9A-Za-z]{32})_(?P<crc>[0-9A-Za-z]{6})")

@@ -15,6 +15,7 @@ from typing import Protocol
 from providers import upstream
 from providers.errors import (
     CredentialRejected,
+    CredentialUndecryptable,
     Interrupted,
     ProtocolError,
     ProviderError,
@@ -263,6 +264,8 @@ def _note_failure(gateway: Gateway, candidate: Candidate, error: ProviderError) 
         gateway.watcher.suspect(candidate.upstream.id)
     elif isinstance(error, CredentialRejected) and candidate.credential:
         gateway.watcher.rejected(candidate.credential.key_id)
+    elif isinstance(error, CredentialUndecryptable) and candidate.credential:
+        gateway.watcher.undecryptable(candidate.credential.key_id)
 
 
 def _verdict(failures: list[ProviderError]) -> ProviderError:

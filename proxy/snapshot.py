@@ -25,7 +25,9 @@ from providers.keyring import WrongEncryptionKey
 from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
 from providers.wire import Credential, Endpoint, Kind, Purpose, origin_of
 from proxy.auth import Caller
-from proxy.models import GatewayKey
+from proxy.models import GatewayKey, ModelRoute, RouteNode
+from proxy.needs import UNKNOWN, ModelFacts
+from proxy.strategies import Node, Route
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +57,15 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A target of the active provider of a purpose; without `credential`, all keys of the provider serve."""
+    """A model of a provider that may be asked; without `credential`, all keys of the provider serve.
+
+    node: the route's node that leads there, where a route does.
+    """
 
     provider_id: int
     model: str = ""
     credential: Credential | None = None
+    node: Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +75,18 @@ class Snapshot:
     upstreams: Mapping[int, Upstream] = field(default_factory=dict)
     by_slug: Mapping[str, int] = field(default_factory=dict)
     catalogue: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    model_purposes: Mapping[tuple[int, str], frozenset[str]] = field(default_factory=dict)
+    facts: Mapping[tuple[int, str], ModelFacts] = field(default_factory=dict)
     active: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
+    routes: Mapping[str, Route] = field(default_factory=dict)
 
     def caller_is_good(self, caller: Caller, now: float) -> bool:
         """Whether a key that was good when its request began still is; a rotated one is."""
         present = self.callers.get(caller.key_id)
         return present is not None and not present.expired(now)
+
+    def facts_of(self, provider_id: int, model: str) -> ModelFacts:
+        """What is known of a model; nothing of one that its provider does not list."""
+        return self.facts.get((provider_id, model), UNKNOWN)
 
 
 def build() -> Snapshot:
@@ -91,19 +102,21 @@ def build() -> Snapshot:
         models = _models()
         upstreams = {each.id: each for each in _upstreams(credentials, models)}
         active = _active()
+        routes = {route.name: route for route in _routes()}
     return Snapshot(
         version=version,
         callers=callers,
         upstreams=upstreams,
         by_slug={each.slug: each.id for each in upstreams.values()},
         catalogue=_catalogue(upstreams),
-        model_purposes={
-            (provider_id, name): purposes
+        facts={
+            (provider_id, name): facts
             for provider_id, rows in models.items()
-            for name, purposes in rows
+            for name, facts in rows
             if provider_id in upstreams
         },
         active=active,
+        routes=routes,
     )
 
 
@@ -184,20 +197,28 @@ def _credentials() -> Mapping[int, list[Credential]]:
     return credentials
 
 
-def _models() -> Mapping[int, list[tuple[str, frozenset[str]]]]:
-    models: defaultdict[int, list[tuple[str, frozenset[str]]]] = defaultdict(list)
+def _models() -> Mapping[int, list[tuple[str, ModelFacts]]]:
+    models: defaultdict[int, list[tuple[str, ModelFacts]]] = defaultdict(list)
     rows = (
         UpstreamModel.objects.filter(enabled=True)
         .order_by("id")
-        .values_list("provider_id", "name", "purposes")
+        .values_list("provider_id", "name", "context_window", "dimensions", "capabilities", "purposes")
     )
-    for provider_id, name, purposes in rows.iterator():
-        models[provider_id].append((name, frozenset(purposes if isinstance(purposes, list) else ())))
+    for provider_id, name, window, dimensions, capabilities, purposes in rows.iterator():
+        facts = (window, dimensions, _words(capabilities), _words(purposes))
+        # Most models of a long list have the same facts, namely none.
+        models[provider_id].append((name, ModelFacts(*facts) if any(facts) else UNKNOWN))
     return models
 
 
+def _words(value: object) -> frozenset[str]:
+    return (
+        frozenset(each for each in value if isinstance(each, str)) if isinstance(value, list) else frozenset()
+    )
+
+
 def _upstreams(
-    credentials: Mapping[int, list[Credential]], models: Mapping[int, list[tuple[str, frozenset[str]]]]
+    credentials: Mapping[int, list[Credential]], models: Mapping[int, list[tuple[str, ModelFacts]]]
 ) -> Iterator[Upstream]:
     def make(provider: Provider) -> Upstream:
         endpoint = provider.endpoint()
@@ -232,6 +253,35 @@ def _active() -> Mapping[str, tuple[Choice, ...]]:
         credential = key.credential() if key is not None else None
         active[target.active.purpose].append(Choice(target.provider_id, target.model, credential))
     return {purpose: tuple(choices) for purpose, choices in active.items()}
+
+
+def _routes() -> Iterator[Route]:
+    return _readable(ModelRoute.objects.filter(is_active=True).prefetch_related("nodes"), route_of)
+
+
+def route_of(row: ModelRoute) -> Route:
+    """A route as requests see it. Raises TypeError for one that was written past the forms and makes no sense."""
+    return Route(
+        id=row.pk,
+        name=row.name,
+        mode=row.mode,
+        strategy=row.strategy,
+        nodes=tuple(_node(node) for node in row.nodes.all()),
+        resume=row.resume,
+    )
+
+
+def _node(row: RouteNode) -> Node:
+    price = row.metadata.get("price") if isinstance(row.metadata, dict) else None
+    return Node(
+        id=row.pk,
+        provider_id=row.provider_id,
+        models=tuple(_texts(row.models)),
+        strategy=row.strategy,
+        weight=row.weight,
+        priority=row.priority,
+        price=float(price) if isinstance(price, int | float) and not isinstance(price, bool) else None,
+    )
 
 
 def _catalogue(upstreams: Mapping[int, Upstream]) -> Mapping[str, tuple[int, ...]]:

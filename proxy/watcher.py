@@ -16,7 +16,10 @@ from django.db import DatabaseError, InterfaceError, OperationalError, close_old
 from django.utils import timezone
 
 from audit import postgres
+from audit.changes import AuditUnavailable
 from audit.models import Head
+from providers.keyring import WrongEncryptionKey
+from providers.keys import note_undecryptable
 from providers.models import KeyUse, ProviderHealth
 from proxy import snapshot as snapshots
 from proxy import weather as weathers
@@ -35,7 +38,7 @@ GRACE_SECONDS = 300.0
 
 FRESH_SECONDS = 5.0
 
-ANSWER_SECONDS = 1.2
+ANSWER_SECONDS = 0.8
 """A server that takes longer for a one-row question is away, as far as people who wait for a page are concerned."""
 
 BUILD_ANSWER_SECONDS = 5.0
@@ -55,6 +58,8 @@ class Watcher:
         self._suspects: set[int] = set()
         self._rejected: set[int] = set()
         self._accepted: set[int] = set()
+        self._undecryptable: set[int] = set()
+        self._unrecorded = False
         self._built_at = self._weather_at = 0.0
         self.answered_at = 0.0
         self.read_only = False
@@ -91,6 +96,10 @@ class Watcher:
         """The provider took a key that was marked as refused."""
         self._accepted.add(key_id)
 
+    def undecryptable(self, key_id: int) -> None:
+        """What is stored for this key did not open (R03)."""
+        self._undecryptable.add(key_id)
+
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -118,13 +127,16 @@ class Watcher:
             self._built_at = now
             self.on_change()
         with postgres.SERVER.patience(ANSWER_SECONDS):
-            if now - self._weather_at >= WEATHER_SECONDS:
+            weather_due = now - self._weather_at >= WEATHER_SECONDS
+            if weather_due:
                 self.weather = weathers.read()
                 self.read_only = _is_read_only()
                 self._weather_at = now
             # What was read is good, also where nothing can be written back.
             self.answered_at = self._clock()
             self._report()
+        if weather_due:
+            self._record_undecryptable()
 
     def _report(self) -> None:
         """Write back what requests saw; what cannot be written is kept for the next look."""
@@ -140,6 +152,23 @@ class Watcher:
             KeyUse.objects.filter(api_key__in=accepted).update(rejected_at=None)
         self._rejected -= rejected
         self._accepted -= accepted
+
+    def _record_undecryptable(self) -> None:
+        """Mark the keys that did not open, and tell the audit log. Where that fails nothing else does; it is tried again."""
+        keys = set(self._undecryptable)
+        try:
+            # Another change may hold the audit log's head for as long as a lock is waited for: no sign of a server that is away.
+            with postgres.SERVER.patience(BUILD_ANSWER_SECONDS):
+                for key_id in keys:
+                    if note_undecryptable(key_id):
+                        logger.error("what is stored for API key %d does not open", key_id)
+        except (AuditUnavailable, DatabaseError, WrongEncryptionKey) as error:
+            if not self._unrecorded:
+                logger.warning("a key that does not open could not be recorded: %s", error)
+            self._unrecorded = True
+            return
+        self._unrecorded = False
+        self._undecryptable -= keys
 
     def _run(self) -> None:
         failing = False

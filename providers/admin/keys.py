@@ -44,6 +44,8 @@ class ApiKeyAdmin(AuditedAdmin):
         use = getattr(key, "use", None)
         if not key.enabled:
             return badge("off")
+        if use is not None and use.undecryptable_at is not None:
+            return badge(f"does not open, seen {ago(use.undecryptable_at)}", "bad")
         if use is not None and use.rejected_at is not None:
             return badge(f"refused by the provider {ago(use.rejected_at)}", "bad")
         return badge("default", "good") if key.is_default else badge("in use", "good")

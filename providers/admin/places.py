@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from django.db.models import Q
@@ -12,9 +12,18 @@ from django.utils.safestring import SafeString
 
 from providers.models import ActiveTarget, ApiKey, Provider
 
+Finder = Callable[[list[int]], list[SafeString]]
+_finders: list[Finder] = []
+
+
+def know(finder: Finder) -> None:
+    """Tell how to find where an application above this one uses providers, by their ids."""
+    _finders.append(finder)
+
 
 def uses_of_providers(providers: Iterable[Provider]) -> list[SafeString]:
-    return _uses(Q(provider__in=[provider.pk for provider in providers]))
+    ids = [provider.pk for provider in providers]
+    return [*_uses(Q(provider__in=ids)), *(use for finder in _finders for use in finder(ids))]
 
 
 def uses_of_keys(keys: Iterable[ApiKey]) -> list[SafeString]:

@@ -22,6 +22,7 @@ from providers.api.values import KeyField, check_store
 from providers.models import ApiKey, KeyUse, Provider
 
 USE = ("requests_count", "tokens_used", "cost_usd", "last_used_at")
+TROUBLES = ("rejected_at", "undecryptable_at")
 
 
 @extend_schema_field({"type": "string", "description": "The slug of a vendor; its id is accepted too."})
@@ -42,7 +43,7 @@ class VendorField(serializers.Field[Any, Any, Any, Any]):
 
 class ApiKeySerializer(StrictSerializer[ApiKey]):
     aliases: ClassVar = {"is_active": "enabled", "use_for_ops_center": "is_default"}
-    volatile: ClassVar = frozenset({*USE, "rejected_at", "updated_at"})
+    volatile: ClassVar = frozenset({*USE, *TROUBLES, "updated_at"})
 
     provider = VendorField()
     key_name = serializers.CharField(source="name", max_length=100)
@@ -64,12 +65,19 @@ class ApiKeySerializer(StrictSerializer[ApiKey]):
         allow_null=True,
         help_text="When the provider last refused the key.",
     )
+    undecryptable_at = serializers.DateTimeField(
+        source="use.undecryptable_at",
+        read_only=True,
+        allow_null=True,
+        help_text="Since when the stored secret is known not to open; a new secret ends it.",
+    )
 
     class Meta:
         model = ApiKey
         fields: ClassVar[Any] = (
             "id", "provider", "key_name", "api_key", "masked_key", "enabled", "is_active", "is_default",
-            "use_for_ops_center", "weight", "metadata", *USE, "rejected_at", "created_by", "created_at", "updated_at",
+            "use_for_ops_center", "weight", "metadata", *USE, *TROUBLES, "created_by", "created_at",
+            "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("created_by",)
         validators: ClassVar[list[Any]] = []

@@ -77,7 +77,7 @@ class HealthCheck(models.Model):
 
 
 class KeyUse(models.Model):
-    """What a key has done so far, and whether its provider refused it."""
+    """What a key has done so far, whether its provider refused it, and whether what is stored of it opens."""
 
     api_key = models.OneToOneField(ApiKey, on_delete=models.CASCADE, related_name="use", primary_key=True)
     requests_count = models.BigIntegerField(default=0)
@@ -86,6 +86,9 @@ class KeyUse(models.Model):
     last_used_at = models.DateTimeField(null=True, blank=True)
     rejected_at = models.DateTimeField(
         null=True, blank=True, help_text="When the provider last refused this key."
+    )
+    undecryptable_at = models.DateTimeField(
+        null=True, blank=True, help_text="Since when the stored secret is known not to open."
     )
 
     def __str__(self) -> str:

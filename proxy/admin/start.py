@@ -90,7 +90,7 @@ def getting_started() -> list[Step]:
         ),
         Step(
             "Make it the active chat provider",
-            "Requests that name no model go there, and to its fallbacks when it is down.",
+            "Requests that name no model go there, and to its fallbacks when it is down. Model routes share requests among several.",
             reverse("admin:providers_activeprovider_change", args=[Purpose.CHAT]),
             "Choose",
             ActiveProvider.objects.filter(purpose=Purpose.CHAT).exists(),

@@ -1,4 +1,14 @@
 from proxy.models.keys import GatewayKey, GatewayKeyUse
+from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
 from proxy.models.usage import SpoolSegment, UsageRecord
 
-__all__ = ["GatewayKey", "GatewayKeyUse", "SpoolSegment", "UsageRecord"]
+__all__ = [
+    "GatewayKey",
+    "GatewayKeyUse",
+    "Mode",
+    "ModelRoute",
+    "RouteNode",
+    "SpoolSegment",
+    "Strategy",
+    "UsageRecord",
+]

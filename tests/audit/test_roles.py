@@ -56,6 +56,14 @@ MATRIX: list[tuple[str, str, str]] = [
     ("get", "active/{purpose}", READ),
     ("put", "active/{purpose}", WRITE),
     ("delete", "active/{purpose}", WRITE),
+    ("get", "model-routes", READ),
+    ("post", "model-routes", WRITE),
+    ("get", "model-routes/{route}", READ),
+    ("put", "model-routes/{route}", WRITE),
+    ("patch", "model-routes/{route}", WRITE),
+    ("delete", "model-routes/{route}", WRITE),
+    ("post", "model-routes/{route}/select", WRITE),
+    ("get", "model-routes/{route}/state", READ),
     ("get", "gateway-keys", "m" + READ),
     ("post", "gateway-keys", WRITE),
     ("get", "gateway-keys/{gateway}", "m" + READ),
@@ -85,7 +93,10 @@ def things(people: dict[str, User]) -> dict[str, Any]:
         # A vendor's address on a closed loopback port, so that a test of the key dials nobody.
         Provider.objects.filter(slug="openai").update(base_url="https://127.0.0.1:9")
     gateway = client.post(f"{V1}/gateway-keys", {"name": "app", "owner": "the-member"}).json()["id"]
-    return {"server": server, "key": key, "gateway": gateway, "purpose": "chat"}
+    route = client.post(f"{V1}/model-routes", {"name": "fast", "nodes": [{"provider_id": server}]}).json()[
+        "id"
+    ]
+    return {"server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route}
 
 
 def test_the_matrix(people: dict[str, User], things: dict[str, Any]) -> None:
@@ -121,7 +132,13 @@ def test_the_matrix_has_every_route() -> None:
 
 def _routes() -> Iterator[tuple[str, set[str]]]:
     """The paths of the router and their methods, as the matrix writes them."""
-    names = {"servers": "{server}", "providers": "{server}", "api-keys": "{key}", "active": "{purpose}"}
+    names = {
+        "servers": "{server}",
+        "providers": "{server}",
+        "api-keys": "{key}",
+        "active": "{purpose}",
+        "model-routes": "{route}",
+    }
     for pattern in (*router.urls, *active_router.urls):
         actions = getattr(pattern.callback, "actions", {})
         text = str(pattern.pattern).strip("^$").replace("/?", "").replace("\\", "")
@@ -165,12 +182,16 @@ def test_migrate_makes_the_groups_and_gives_them_the_tables_permissions() -> Non
         "providers.view_server",
         "providers.view_apikey",
         "proxy.view_gatewaykey",
+        "proxy.view_modelroute",
+        "proxy.view_routenode",
     } <= viewer
     assert "audit.view_entry" not in viewer
     assert {
         "providers.delete_provider",
         "providers.add_apikey",
         "providers.change_apikey",
+        "proxy.change_modelroute",
+        "proxy.delete_routenode",
         "audit.view_entry",
     } <= operator
     assert not {"providers.delete_apikey", "proxy.delete_gatewaykey", "auth.view_user"} & operator

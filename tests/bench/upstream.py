@@ -1,7 +1,7 @@
 """A fast OpenAI-compatible upstream: `python -m tests.bench.upstream PORT`. It looks at as little of a request as it can.
 
 The model's name says what comes back: `plain` one JSON answer, `stream` 100 chunks without a pause, `paced` 100 chunks, one
-every 20 ms. Everything is prepared; a request costs a few microseconds.
+every 20 ms, `held` the same, one every second. Everything is prepared; a request costs a few microseconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import cast
 import uvloop
 
 CHUNKS = 100
-PACE_SECONDS = 0.02
+PACE_SECONDS = {b"paced": 0.02, b"held": 1.0}
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 MODEL = re.compile(rb'"model": *"(\w+)"')
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -71,8 +71,8 @@ class Answerer(asyncio.Protocol):
     def _answer(self, body: bytes) -> None:
         found = MODEL.search(body)
         model = found[1] if found else b""
-        if model == b"paced":
-            self._pacer = asyncio.get_running_loop().create_task(self._pace())
+        if model in PACE_SECONDS:
+            self._pacer = asyncio.get_running_loop().create_task(self._pace(PACE_SECONDS[model]))
         elif model == b"stream":
             self._transport.write(STREAM_HEAD + ROLE)
             for _ in range(CHUNKS):
@@ -81,10 +81,10 @@ class Answerer(asyncio.Protocol):
         else:
             self._transport.write(WHOLE)
 
-    async def _pace(self) -> None:
+    async def _pace(self, seconds: float) -> None:
         self._transport.write(STREAM_HEAD + ROLE)
         for _ in range(CHUNKS):
-            await asyncio.sleep(PACE_SECONDS)
+            await asyncio.sleep(seconds)
             self._transport.write(CHUNK)
         self._transport.write(CLOSING)
 

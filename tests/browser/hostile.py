@@ -11,7 +11,7 @@ from audit.changes import changes
 from providers import keys as provider_keys
 from providers.models import ApiKey, HealthCheck, Provider, ProviderHealth, UpstreamModel
 from proxy import keys
-from proxy.models import GatewayKey, UsageRecord
+from proxy.models import GatewayKey, ModelRoute, RouteNode, UsageRecord
 
 
 def fill(texts: Sequence[str]) -> None:
@@ -30,6 +30,11 @@ def fill(texts: Sequence[str]) -> None:
             key = GatewayKey(name=text, allowed_models=[text])
             keys.give_secret(key)
             key.save()
+            # A slash cannot be in the name of a route.
+            route = ModelRoute.objects.create(
+                name=text.replace("/", "|"), mode="specific", config={text: text}
+            )
+            RouteNode.objects.create(route=route, position=0, provider=provider, models=[text])
             _history(provider, text)
 
 

@@ -27,6 +27,11 @@ PAGES = (
     "/admin/providers/upstreammodel/add/",
     "/admin/providers/activeprovider/",
     "/admin/providers/activeprovider/chat/change/",
+    "/admin/proxy/modelroute/",
+    "/admin/proxy/modelroute/add/",
+    "/admin/proxy/modelroute/1/change/",
+    "/admin/proxy/modelroute/1/dry-run/",
+    "/admin/proxy/modelroute/1/delete/",
     "/admin/proxy/gatewaykey/",
     "/admin/proxy/gatewaykey/add/",
     "/admin/proxy/gatewaykey/1/change/",
@@ -130,6 +135,14 @@ def test_fallbacks_are_moved_up_and_emptied(gateway: Gateway, visit: Visit) -> N
 def test_no_page_is_wider_than_the_screen_or_complains(
     gateway: Gateway, visit: Visit, width: int, dark: bool
 ) -> None:
+    gateway.shell(
+        "from audit.changes import changes; from providers.models import Provider\n"
+        "from proxy.models import ModelRoute, RouteNode\n"
+        "with changes(actor=None, via='system'):\n"
+        "    route, made = ModelRoute.objects.get_or_create(name='fast', mode='specific')\n"
+        "    echo = Provider.objects.get(slug='echo')\n"
+        "    RouteNode.objects.get_or_create(route=route, position=0, provider=echo, models=['org/' + 'long-name-' * 12])\n"
+    )
     with visit(gateway, width=width, dark=dark) as (page, trouble):
         wide = []
         for address in PAGES:
@@ -158,6 +171,7 @@ def hostile_pages(page: Page) -> list[str]:
         "providers/server",
         "providers/upstreammodel",
         "proxy/gatewaykey",
+        "proxy/modelroute",
         "proxy/usagerecord",
         "audit/entry",
     ):

@@ -425,6 +425,16 @@ class TestStarting:
         assert (tmp_path / ".env").read_bytes() == secrets
         assert stopped_by(second, signal.SIGTERM)
 
+    def test_a_malformed_first_gateway_key_is_refused_before_there_is_a_database(
+        self, tmp_path: Path
+    ) -> None:
+        wrong = "pen_live_" + "0" * 42 + "_000000"
+        launched = Launched(tmp_path, port=free_port(), PENSTOCK_GATEWAY_KEY=wrong)
+        assert launched.process.wait(60) == 1
+        (line,) = [each for each in launched.output.splitlines() if "wrong setting" in each]
+        assert "PENSTOCK_GATEWAY_KEY" in line and wrong not in launched.output
+        assert not list((tmp_path / "data").glob("*.sqlite3*"))
+
     def test_development_starts_the_gateway_too_and_says_everything_once(self, tmp_path: Path) -> None:
         launched = LaunchedForDevelopment(tmp_path, port=free_port())
         launched.wait_for("Penstock is ready.", timeout=90)

@@ -742,7 +742,7 @@ def test_r09_a_hardened_process_leaves_no_core_and_cannot_be_dumped(tmp_path: Pa
         "import ctypes, resource, sys\n"
         f"sys.path.insert(0, {str(TOY.parents[2])!r})\n"
         "resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)\n"
-        "from config.server import harden_process\n"
+        "from providers.hardening import harden_process\n"
         "harden_process()\n"
         "print(open('/proc/self/limits').read())\n"
         "print('dumpable', ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), flush=True)\n"

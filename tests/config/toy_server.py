@@ -14,8 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config.connection import Limits
-from config.server import Config, Server, bind, harden_process
+from config.server import Config, Server, bind
 from config.workers import Workers
+from providers.hardening import harden_process
 
 OPTIONS: dict[str, Any] = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
 

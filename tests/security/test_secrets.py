@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import pytest
 from prometheus_client import REGISTRY
 
+from tests.security.conftest import log_in
+from tests.support.api import V1
 from tests.support.gateway import Gateway
 from tests.support.inprocess import House
 from tests.support.rows import spellings
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
+DUMPABLE = Path(__file__).parent / "dumpable"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -56,21 +62,114 @@ def test_r03_a_changed_secret_is_503_at_once_and_is_counted_once(house: House, u
     assert failures() == before + 1
 
 
+SPOIL = """
+from providers.models import ApiKey
+from providers.fields import raw
+from tests.security.test_secrets import flipped
+for key in ApiKey.objects.filter(provider__slug="broken"):
+    ApiKey.objects.filter(pk=key.pk).update(secret=flipped(raw(key.secret)))
+"""
+
+
+TOLD = """
+import json
+from audit.models import Entry
+found = Entry.objects.filter(action="undecryptable_key").values_list("seq", "entity_type", "entity_id", "via")
+print(json.dumps(list(found)))
+"""
+
+
+def told(gateway: Gateway) -> list[tuple[int, str, str, str]]:
+    """The audit entries about keys that do not open."""
+    return [tuple(one) for one in json.loads(gateway.shell(TOLD).splitlines()[-1])]
+
+
+def test_r03_whatever_many_requests_and_workers_find_it_is_one_audit_entry(upstream: Upstream) -> None:
+    """On the product, as shipped: two workers, requests one after another, and an administrator who mends it."""
+    url = f"{upstream.url}/v1"
+    with Gateway(start=False, env={"WEB_CONCURRENCY": "2"}) as gateway:
+        gateway.provide(url, slug="well", models=["well-model"], api_key="sk-well-0123456789")
+        key = gateway.provide(
+            url,
+            slug="broken",
+            kind="groq",
+            models=["broken-model"],
+            api_key="sk-broken-0123456789",
+            active=False,
+            allow_private=True,
+        )
+        gateway.shell(SPOIL)
+        gateway.start()
+        with log_in(gateway) as root, gateway.client(key) as client:
+
+            def ask(model: str) -> httpx.Response:
+                # A connection of its own each time, so that both workers are met.
+                headers = {"connection": "close"}
+                return client.post("/v1/chat/completions", json={**HELLO, "model": model}, headers=headers)
+
+            answer = ask("broken-model")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "credential_unavailable")
+            deadline = time.monotonic() + 20
+            while not (entries := told(gateway)):
+                assert time.monotonic() < deadline, gateway.logs()
+            assert [entry[1:] for entry in entries] == [("api_key", entries[0][2], "system")]
+            # Until it is known to both workers the configuration is not yet that of the entry; then it stays.
+            while {ask("well-model").headers["x-penstock-config"] for _ in range(10)} != {str(entries[0][0])}:
+                assert time.monotonic() < deadline
+            assert {ask("broken-model").status_code for _ in range(40)} == {503}
+            time.sleep(1.5)  # the watchers look four times a second, and tell once a second
+            assert ask("well-model").headers["x-penstock-config"] == str(entries[0][0])
+            path = f"{V1}/api-keys/{entries[0][2]}"
+            assert root.get(path).json()["undecryptable_at"]
+            assert (
+                root.patch(path, json={"api_key": "sk-mended-0123456789"}).json()["undecryptable_at"] is None
+            )
+            while ask("broken-model").status_code != 200:
+                assert time.monotonic() < deadline + 10
+            assert told(gateway) == entries
+        assert "Traceback" not in gateway.logs()
+
+
 def test_r03_the_counter_is_among_the_metrics_of_the_product(plain: Gateway) -> None:
     assert "credential_decrypt_failures_total" in httpx.get(f"{plain.url}/metrics").text
 
 
-def test_r09_the_web_process_leaves_no_core_and_shows_its_memory_to_nobody() -> None:
-    with Gateway() as gateway:
-        process = gateway.process()
-        limits = Path(f"/proc/{process.pid}/limits").read_text()
-        assert re.search(r"Max core file size +0 +0 ", limits)
-        # The kernel gives the files of a process that cannot be dumped to root.
-        assert os.stat(f"/proc/{process.pid}/mem").st_uid == 0
-        before = {path.name for path in Path.cwd().iterdir()}
-        process.send_signal(signal.SIGSEGV)
-        assert process.wait(10) == -signal.SIGSEGV
-        assert {path.name for path in Path.cwd().iterdir()} - before == set()
+PROGRAMS = ("web", "worker", "beat", "drainer")
+
+
+@pytest.fixture(scope="module")
+def witnesses(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file for each process of `hardened`: whether it can be dumped."""
+    return tmp_path_factory.mktemp("dumpable")
+
+
+@pytest.fixture(scope="module")
+def hardened(witnesses: Path) -> Iterator[Gateway]:
+    """Every program that opens secrets, as `make run` starts them."""
+    witness = {"PYTHONPATH": str(DUMPABLE), "DUMPABLE_FOLDER": str(witnesses)}
+    with Valkey() as valkey, Gateway(redis=valkey, programs=PROGRAMS[1:], env=witness) as gateway:
+        yield gateway
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_r09_no_program_leaves_a_core_or_shows_its_memory_to_anybody(
+    hardened: Gateway, witnesses: Path, program: str
+) -> None:
+    process = hardened.process(program)
+    deadline = time.monotonic() + 30
+    # The worker's pool opens secrets as well, so its children count.
+    while len(family := process.family()) < (2 if program == "worker" else 1) or {
+        (witnesses / str(pid)).read_text() if (witnesses / str(pid)).exists() else "" for pid in family
+    } != {"0"}:
+        assert time.monotonic() < deadline, hardened.logs(program)
+        time.sleep(0.05)
+    for pid in family:
+        assert re.search(r"Max core file size +0 +0 ", Path(f"/proc/{pid}/limits").read_text())
+    before = {path.name for path in Path.cwd().iterdir()}
+    for pid in family:
+        os.kill(pid, signal.SIGSEGV)
+    assert process.wait(10) == -signal.SIGSEGV
+    assert {path.name for path in Path.cwd().iterdir()} - before == set()
 
 
 def test_r01_redis_holds_no_secret() -> None:

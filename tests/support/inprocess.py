@@ -27,8 +27,10 @@ from proxy.auth import Caller
 from proxy.endpoints import http_routes, websocket_routes
 from proxy.gateway import Gateway
 from proxy.inflight import Registry
+from proxy.needs import ModelFacts
 from proxy.segments import read
 from proxy.snapshot import Choice, Snapshot, Upstream
+from proxy.strategies import Node, Route
 from proxy.watcher import Watcher
 from proxy.weather import Weather
 from tests.support.ports import LOOPBACK
@@ -162,6 +164,23 @@ class House:
     def activate(self, *targets: tuple[int, str]) -> None:
         """Make these (provider id, model) the active provider of chat and its fallbacks."""
         self._change(active={"chat": tuple(Choice(number, model) for number, model in targets)})
+
+    def route(
+        self, name: str, *nodes: int | Node, mode: str = "auto", strategy: str = "round-robin", **fields: Any
+    ) -> Route:
+        """A model route to these nodes; a provider's id alone is a node with nothing special."""
+        number = len(self._snapshot.routes) + 1
+        made = tuple(
+            Node(100 * number + place, node) if isinstance(node, int) else node
+            for place, node in enumerate(nodes)
+        )
+        route = Route(number, name, mode, strategy, made, **fields)
+        self._change(routes={**self._snapshot.routes, name: route})
+        return route
+
+    def know(self, provider_id: int, model: str, **facts: Any) -> None:
+        """What is known of a model (fields of ModelFacts)."""
+        self._change(facts={**self._snapshot.facts, (provider_id, model): ModelFacts(**facts)})
 
     def shorten(self, **seconds: float) -> None:
         """Change the timeouts of every provider."""

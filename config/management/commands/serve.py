@@ -10,9 +10,10 @@ from django.db import DatabaseError, connections
 
 from config.connection import Limits
 from config.env import refuse_wrong_settings
-from config.server import Config, Server, bind, harden_process
+from config.server import Config, Server, bind
 from config.workers import Workers
 from providers import keyring
+from providers.hardening import harden_process
 
 
 class Command(BaseCommand):

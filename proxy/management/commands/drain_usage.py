@@ -10,6 +10,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from audit.postgres import SERVER
+from providers.hardening import harden_process
 from proxy import usage
 
 STOP_SECONDS = 3.0
@@ -23,6 +24,7 @@ class Command(BaseCommand):
         parser.add_argument("--follow", action="store_true", help="keep draining every second until SIGTERM")
 
     def handle(self, *args: Any, **options: Any) -> None:
+        harden_process()
         if options["follow"]:
             usage.follow(settings.SPOOL_DIR, _stopping())
             return
