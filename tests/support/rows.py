@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import sqlite3
+import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -20,6 +22,48 @@ def all_rows(gateway: Gateway) -> dict[str, list[str]]:
     return (
         _postgresql(url) if url.startswith("postgresql") else _sqlite(gateway.data_dir / "penstock.sqlite3")
     )
+
+
+USAGE = (
+    "request_id",
+    "attempt",
+    "provider",
+    "status",
+    "error_code",
+    "prompt_tokens",
+    "completion_tokens",
+    "tokens_source",
+    "ttft_ms",
+    "stream",
+)
+
+
+def usage_rows(gateway: Gateway) -> list[dict[str, Any]]:
+    """All usage records, with the columns that a ledger needs."""
+    query = f"SELECT {', '.join(USAGE)} FROM proxy_usagerecord"
+    url = gateway.env.get("DATABASE_URL", "")
+    if url.startswith("postgresql"):
+        with psycopg.connect(url) as connection:
+            rows: list[Any] = connection.execute(query.encode()).fetchall()
+    else:
+        path = url.removeprefix("sqlite:///") or gateway.data_dir / "penstock.sqlite3"
+        with contextlib.closing(sqlite3.connect(path)) as connected:
+            rows = connected.execute(query).fetchall()
+    return [dict(zip(USAGE, row, strict=True)) for row in rows]
+
+
+def settled_usage_rows(
+    gateway: Gateway, *, seconds: float = 30.0, quiet: float = 2.5
+) -> list[dict[str, Any]]:
+    """The same, once no new record has come for `quiet` seconds (the drainer looks once a second)."""
+    deadline = time.monotonic() + seconds
+    rows, since = usage_rows(gateway), time.monotonic()
+    while not rows or time.monotonic() - since < quiet:
+        assert time.monotonic() < deadline, f"records keep coming, or none comes: {len(rows)}"
+        time.sleep(0.1)
+        if len(now := usage_rows(gateway)) != len(rows):
+            rows, since = now, time.monotonic()
+    return usage_rows(gateway)
 
 
 def _postgresql(url: str) -> dict[str, list[str]]:
