@@ -12,6 +12,7 @@ import contextlib
 import functools
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -147,9 +148,11 @@ class _CountedProtocol:
 
 @dataclass(slots=True)
 class Dial:
-    """What the one who sends a request learns of it: whether a connection from the pool was used."""
+    """What the one who sends a request learns of it: whether a connection from the pool was used, and since when there
+    was one, in monotonic seconds."""
 
     reused: bool = False
+    connected: float | None = None
 
 
 DIAL: ContextVar[Dial] = ContextVar("dial")
@@ -160,9 +163,10 @@ class _NotingConnector(aiohttp.TCPConnector):
 
     async def connect(self, *args: Any, **kwargs: Any) -> Connection:
         connection = await super().connect(*args, **kwargs)
-        protocol: Any = connection.protocol
+        dial, protocol = DIAL.get(), cast(Any, connection.protocol)
+        dial.connected = time.monotonic()
         if getattr(protocol, "served_before", False):
-            DIAL.get().reused = True
+            dial.reused = True
         protocol.served_before = True
         return connection
 

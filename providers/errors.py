@@ -26,7 +26,8 @@
 
 Each class carries its whole decision, so that nobody downstream needs a table: `status` and `code` are what the
 caller of the data plane gets (the contract's table of errors), `failover` says whether the next candidate may be
-tried, and `blame` says what is marked: the provider (its circuit and health), the key, or nothing.
+tried, `again` whether the same one may be asked once more, and `blame` says what is marked: the provider (its circuit
+and health), the key, or nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class ProviderError(Exception):
     status: ClassVar[int] = 502
     code: ClassVar[str] = "upstream_error"
     failover: ClassVar[bool] = True
+    again: ClassVar[bool] = False
     blame: ClassVar[Blame] = "nobody"
     dialled: ClassVar[bool] = False
     message: ClassVar[str] = "The provider could not answer."
@@ -103,6 +105,7 @@ class UpstreamError(ProviderError):
 
 
 class ConnectFailed(UpstreamError):
+    again = True
     message = "The provider could not be reached."
 
 
@@ -118,10 +121,12 @@ class UpstreamTimeout(UpstreamError):
 
 
 class UpstreamFailed(UpstreamError):
+    again = True
     message = "The provider answered with an error."
 
 
 class UpstreamRateLimited(UpstreamError):
+    again = True
     status = 429
     code = "rate_limit_exceeded"
     blame = "key"
@@ -171,11 +176,13 @@ class ProtocolError(UpstreamError):
 
 
 class EmptyResponse(UpstreamError):
+    again = True
     code = "empty_response"
     message = "The provider's answer was empty."
 
 
 class Interrupted(UpstreamError):
+    again = True
     code = "upstream_interrupted"
     message = "The provider's stream broke before it was complete."
 

@@ -99,11 +99,11 @@ def _end_of_last_event(buffer: bytes | bytearray, start: int) -> int:
     return end if end > 1 else 0
 
 
-def events(block: bytes) -> Iterator[RawEvent]:
-    """The events of `block`, in order; their `raw` joined is `block`. What is not ended by a blank line comes last."""
-    start = 0
-    if b"\r" in block:
-        for blank in _BLANK_LINE.finditer(block):
+def events(block: bytes, start: int = 0) -> Iterator[RawEvent]:
+    """The events of `block` from `start` on, in order; their `raw` joined is that part of the block. What is not ended by a
+    blank line comes last."""
+    if block.find(b"\r", start) >= 0:
+        for blank in _BLANK_LINE.finditer(block, start):
             yield _parse(block[start : blank.end()])
             start = blank.end()
     else:

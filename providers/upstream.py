@@ -48,8 +48,9 @@ async def stream(
     *,
     credential: Credential | None,
     headers_timeout: float | None = None,
+    dial: Dial | None = None,
 ) -> Reply:
-    """Dial, send, and wait for the head of the answer, at most `headers_timeout` seconds in all.
+    """Dial, send, and wait for the head of the answer, at most `headers_timeout` seconds in all. dial: is told how it went.
 
     Judges nothing but redirects, compressed answers and what is not HTTP. Raises from `providers.errors`.
     """
@@ -60,10 +61,10 @@ async def stream(
     headers, secret = await _sealed_up(endpoint, kind, request, credential)
     try:
         if headers_timeout is None:
-            response = await _dial(sessions, endpoint, policy, request, headers)
+            response = await _dial(sessions, endpoint, policy, request, headers, dial or Dial())
         else:
             async with asyncio.timeout(headers_timeout):
-                response = await _dial(sessions, endpoint, policy, request, headers)
+                response = await _dial(sessions, endpoint, policy, request, headers, dial or Dial())
     except (aiohttp.ClientError, OSError, errors.ProviderError, ssl.SSLError) as error:
         raise mapped(error) from error
     try:
@@ -75,10 +76,14 @@ async def stream(
 
 
 async def _dial(
-    sessions: Sessions, endpoint: Endpoint, policy: Policy, request: WireRequest, headers: CIMultiDict[str]
+    sessions: Sessions,
+    endpoint: Endpoint,
+    policy: Policy,
+    request: WireRequest,
+    headers: CIMultiDict[str],
+    dial: Dial,
 ) -> aiohttp.ClientResponse:
     """Once, or twice when a pooled connection turns out to be closed before one byte of an answer came (F13)."""
-    dial = Dial()
     DIAL.set(dial)
     try:
         return await _send(sessions.get(policy, endpoint.ca_pem), endpoint, request, headers)

@@ -156,16 +156,18 @@ class Chat:
 
     request(endpoint, body, model, stream): `body` is the caller's request, already without our own fields; the
         function never changes it. A streamed request always asks for usage.
-    first_marked(block): where in a block of events something stands that is worth parsing once the answer has begun, or -1;
-        by bytes, so it may point too early, never too late.
+    around_text(raw): what stands before and behind the text in an event that read_event found to hold a piece of text and
+        nothing else; None where that cannot be told. An event that differs from it in its text alone means the same.
     read_event(data): the data of one event to its meaning. Raises errors.ProtocolError when it is not the protocol.
     read_completion(body): a whole 200 body. Raises errors.ProviderError when it is not an answer.
+    prefill(body, text): the request that goes on with an answer that begins with `text`; None where no kind of it is known.
     """
 
     request: Callable[[Endpoint, Mapping[str, Any], str, bool], WireRequest]
-    first_marked: Callable[[bytes], int]
+    around_text: Callable[[bytes], tuple[bytes, bytes] | None]
     read_event: Callable[[bytes], Event]
     read_completion: Callable[[bytes], Completion]
+    prefill: Callable[[Mapping[str, Any], str], Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,18 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from providers.client import Dial
 from providers.errors import Interrupted, ProviderError, Stalled
 from providers.wire import Usage
 from proxy import metrics
+from proxy.candidates import Candidate
 from proxy.dialects.openai import ChatRequest
 from proxy.errors import UsageLogUnavailable
 from proxy.inflight import Running
 from proxy.limits import Held
-from proxy.selection import Candidate, Plan
+from proxy.selection import Plan
 from proxy.spool import Final, Spool, SpoolUnavailable, new_attempt_id
 
 BYTES_PER_TOKEN = 4
@@ -24,7 +26,10 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of a caller, ready to be sent. `held` is what it takes of its key's limits."""
+    """One request of a caller, ready to be sent. `held` is what it takes of its key's limits.
+
+    resume: whether a stream that breaks is gone on with. journal: its attempts so far, as each record tells them.
+    """
 
     running: Running
     held: Held
@@ -33,6 +38,8 @@ class Call:
     body_bytes: int
     plan: Plan
     config_version: int
+    resume: bool = False
+    journal: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -51,6 +58,7 @@ class Attempt:
     usage: Usage | None = None
     accepted: bool = False
     settled: bool = False
+    dial: Dial = field(default_factory=Dial)
 
     def __enter__(self) -> Self:
         call, candidate = self.call, self.candidate
@@ -126,12 +134,31 @@ class Attempt:
             "duration_ms": self.elapsed_ms(),
             "bytes_out": self.bytes_out,
             "client_disconnected": client_disconnected,
-            "trace": list(self.call.plan.trace) or None,
+            "trace": self._trace(error_code or status),
         }
         self.spool.finish(record)
         if self.accepted:
             self.call.held.correct(usage.prompt + usage.completion)
         metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage)
+
+    def _trace(self, outcome: str) -> dict[str, Any]:
+        """Why it went there: the candidates as they stood, and each attempt so far with its times in ms.
+
+        queue: from the request's arrival to this dial; connect: until there was a connection; first_token, total: from the dial.
+        """
+        call, dialled = self.call, self.dial.connected
+        call.journal.append(
+            {
+                "to": self.candidate.full_name,
+                "key": self.candidate.credential.name if self.candidate.credential else None,
+                "outcome": outcome,
+                "queue": round((self.began - call.running.started) * 1000),
+                "connect": None if dialled is None else round((dialled - self.began) * 1000),
+                "first_token": self.ttft_ms,
+                "total": self.elapsed_ms(),
+            }
+        )
+        return {"candidates": call.plan.trace, "attempts": call.journal}
 
     def counted(self) -> tuple[Usage, str]:
         """What the provider said; else an estimate, if it took the request at all (F14)."""

@@ -41,6 +41,7 @@ class Caller:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     max_concurrency: int | None = None
+    resume: bool | None = None
     allowed_models: tuple[str, ...] = ()
     allowed_networks: tuple[Network, ...] = ()
 

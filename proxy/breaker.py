@@ -6,15 +6,16 @@ Numbers are Envoy's outlier detection defaults: 5 consecutive failures, 30 s tim
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 FAILURES = 5
 OPEN_SECONDS = 30.0
 MOST_SECONDS = 300.0
+TRIAL_SECONDS = 1.0
+"""Between two forced trials of a provider that nobody else can stand in for."""
 
-
-NONE: frozenset[int] = frozenset()
+NONE: Mapping[int, float] = {}
 
 
 @dataclass(slots=True)
@@ -22,24 +23,40 @@ class _State:
     failures: int = 0
     openings: int = 0
     open_until: float = 0.0
+    tried_at: float = float("-inf")
+    on_trial: bool = False
 
 
 class Breakers:
-    """`allows` before dialling, `succeeded` or `failed` after. Half-open: when the time is up, one request tries."""
+    """`open` before dialling, `trying` when dialling, `succeeded` or `failed` after.
+
+    Half-open: when the time is up, one request tries while the others still stay away.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._states: dict[int, _State] = {}
 
-    def allows(self, provider_id: int) -> bool:
-        state = self._states.get(provider_id)
-        return state is None or state.open_until <= self._clock()
+    def open(self) -> Mapping[int, float]:
+        """The providers that are left alone at this moment, and for how many seconds more."""
+        if not self._states:
+            return NONE
+        now = self._clock()
+        return {
+            each: state.open_until - now for each, state in self._states.items() if state.open_until > now
+        }
 
     def trying(self, provider_id: int) -> None:
         """A request is about to dial: when the circuit is half-open, others wait for its result."""
         state = self._states.get(provider_id)
         if state is not None and state.failures >= FAILURES:
-            state.open_until = self._clock() + OPEN_SECONDS
+            state.tried_at, state.on_trial = self._clock(), True
+            state.open_until = max(state.open_until, state.tried_at + OPEN_SECONDS)
+
+    def may_force(self, provider_id: int) -> bool:
+        """Whether an open circuit may be tried all the same, since there is nobody else: not more often than each second."""
+        state = self._states.get(provider_id)
+        return state is None or self._clock() - state.tried_at >= TRIAL_SECONDS
 
     def succeeded(self, provider_id: int) -> None:
         self._states.pop(provider_id, None)
@@ -47,13 +64,23 @@ class Breakers:
     def failed(self, provider_id: int) -> None:
         state = self._states.setdefault(provider_id, _State())
         state.failures += 1
-        if state.failures >= FAILURES:
-            state.openings += 1
-            state.open_until = self._clock() + min(OPEN_SECONDS * state.openings, MOST_SECONDS)
-
-    def open(self) -> frozenset[int]:
-        """The providers that are left alone at this moment."""
-        if not self._states:
-            return NONE
         now = self._clock()
-        return frozenset(each for each, state in self._states.items() if state.open_until > now)
+        under_way = state.open_until > now and not state.on_trial
+        if state.failures >= FAILURES and not under_way:
+            # What was under way when the circuit opened says nothing new; else a burst would open it for minutes.
+            state.on_trial = False
+            state.openings += 1
+            state.open_until = now + min(OPEN_SECONDS * state.openings, MOST_SECONDS)
+
+    def called_off(self, provider_id: int) -> None:
+        """The one who tried was ended before it knew anything: the next may try soon."""
+        state = self._states.get(provider_id)
+        if state is not None and state.on_trial:
+            state.on_trial = False
+            state.open_until = self._clock() + TRIAL_SECONDS
+
+    def recovered(self, provider_id: int) -> None:
+        """A probe found it well: the next request may try."""
+        state = self._states.get(provider_id)
+        if state is not None:
+            state.open_until = self._clock()

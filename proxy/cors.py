@@ -33,6 +33,9 @@ def preflight(scope: Mapping[str, Any]) -> Pairs:
         return ((b"allow", b"GET, POST, OPTIONS"),)
     return (
         (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-        (b"access-control-allow-headers", b"authorization, content-type, x-api-key, x-request-id"),
+        (
+            b"access-control-allow-headers",
+            b"authorization, content-type, x-api-key, x-request-id, x-penstock-resume",
+        ),
         (b"access-control-max-age", b"600"),
     )

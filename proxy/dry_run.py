@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from audit.models import Head
 from providers.models import Purpose
 from proxy import snapshot as snapshots
 from proxy import weather as weathers
+from proxy.candidates import NO_KEY, Conditions, Named
 from proxy.models import ModelRoute
 from proxy.needs import NOTHING
-from proxy.selection import Conditions, Named, fitting, obstacle, ranked, route_choices
+from proxy.selection import fitting, obstacle, ranked, route_choices
 from proxy.snapshot import Snapshot, route_of
 from proxy.strategies import ROUTES, Node, Route, why
-
-NO_KEY = "no usable key"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ def present() -> tuple[Snapshot, Conditions]:
     watcher = GATEWAY.watcher
     current = bool(watcher.answered_at) and watcher.snapshot.version == _version()
     snapshot = watcher.snapshot if current else snapshots.build()
-    return snapshot, Conditions(weathers.read(), GATEWAY.breakers.open())
+    return snapshot, replace(GATEWAY.conditions(), weather=weathers.read())
 
 
 def _version() -> int:

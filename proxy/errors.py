@@ -9,7 +9,7 @@ GatewayError
 ├── RequestTimeout          408
 ├── RequestTooLarge         413
 ├── UnsupportedMediaType    415
-├── RateLimited             429; ConcurrencyLimited
+├── RateLimited             429; ConcurrencyLimited, UpstreamsLimited
 └── Unavailable             503: NoProviderAvailable, UsageLogUnavailable, ShuttingDown, Overloaded, KeyRevoked (in a stream)
 """
 
@@ -120,6 +120,10 @@ class RateLimited(GatewayError):
 class ConcurrencyLimited(RateLimited):
     code = "concurrency_limit_exceeded"
     message = "This key has reached its limit of requests at the same time."
+
+
+class UpstreamsLimited(RateLimited):
+    message = "Every provider that could answer is limiting requests."
 
 
 class Unavailable(GatewayError):

@@ -15,9 +15,13 @@ from providers.client import Sessions
 from proxy import metrics
 from proxy.auth import Caller
 from proxy.breaker import Breakers
+from proxy.candidates import Conditions
+from proxy.cooldown import Cooldowns
 from proxy.inflight import REGISTRY, Registry
+from proxy.journey import RetryBudget
 from proxy.limits import Limits
 from proxy.spool import Spool
+from proxy.strategies import ROUTES
 from proxy.watcher import WATCHER, Watcher
 
 logger = logging.getLogger(__name__)
@@ -26,7 +30,7 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """watcher: configuration and weather. sessions: connections to providers. spool: the usage log on disk.
 
-    breakers, limits, registry: as their modules say.
+    breakers, cooldowns, retries, routes, limits, registry: as their modules say.
     """
 
     def __init__(
@@ -43,7 +47,15 @@ class Gateway:
         self.spool = Spool(self._spool_dir)
         self.limits = Limits(self._redis_url, workers=self._workers)
         self.breakers = Breakers()
+        self.cooldowns = Cooldowns()
+        self.retries = RetryBudget(lambda: self.registry.running)
+        self.routes = ROUTES
         self.sessions = Sessions()
+
+    def conditions(self) -> Conditions:
+        """What may not be dialled at this moment."""
+        breakers, cooldowns = self.breakers, self.cooldowns
+        return Conditions(self.watcher.weather, breakers.open(), cooldowns.resting(), breakers.may_force)
 
     async def start(self) -> None:
         """Read the configuration, open the spool, begin to sweep. Raises when the database cannot be read."""

@@ -38,7 +38,7 @@ Words = tuple[Word, ...]
 
 
 def _packed(words: Words) -> bytes:
-    packed: bytes = hiredis.pack_command(words)
+    packed: bytes = hiredis.pack_command(words)  # type: ignore[arg-type]  # the stub says tuple[X], and means tuple[X, ...]
     return packed
 
 

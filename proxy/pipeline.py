@@ -20,17 +20,23 @@ from proxy.errors import ConfigurationUnavailable, InvalidApiKey, InvalidJson
 from proxy.gateway import Gateway
 from proxy.inflight import Running
 from proxy.limits import Held
+from proxy.needs import needs_of
 from proxy.relay import Sink
-from proxy.selection import Conditions
+from proxy.resume import may_resume
+from proxy.selection import Plan
 
 
 class Request(Protocol):
-    """What the pipeline needs of a transport. `left` watches for the caller's leaving while its block runs."""
+    """What the pipeline needs of a transport. `left` watches for the caller's leaving while its block runs.
+
+    resume: whether a broken stream is to be gone on with, where the request says so.
+    """
 
     id: str
     headers: RawHeaders
     address: str
     length: int
+    resume: bool | None
 
     async def body(self) -> bytes: ...
     def left(self, running: Running) -> AbstractAsyncContextManager[None]: ...
@@ -46,7 +52,7 @@ async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
         ) as held:
             body = await request.body()
             async with request.left(running):
-                await relay.run(gateway, prepare(gateway, running, held, body), sink)
+                await relay.run(gateway, prepare(gateway, request, running, held, body), sink)
     except asyncio.CancelledError:
         if running.ending is None:
             raise
@@ -74,15 +80,28 @@ def admit(gateway: Gateway, request: Request) -> Caller:
     return caller
 
 
-def prepare(gateway: Gateway, running: Running, held: Held, body: bytes) -> Call:
+def prepare(gateway: Gateway, request: Request, running: Running, held: Held, body: bytes) -> Call:
     """400, then 404 and 403 by model: the request understood, and its candidates in order."""
     try:
         chat = openai.chat_request(loads(body))
     except StrictJSONError as error:
         raise InvalidJson(str(error)) from error
     snapshot = gateway.watcher.snapshot
-    conditions = Conditions(gateway.watcher.weather, gateway.breakers.open())
     plan = selection.plan(
-        snapshot, conditions, running.caller, purpose="chat", model=chat.model, provider_id=chat.provider_id
+        snapshot,
+        gateway.conditions(),
+        running.caller,
+        purpose="chat",
+        model=chat.model,
+        provider_id=chat.provider_id,
+        needs=needs_of(chat.body),
+        routes=gateway.routes,
     )
-    return Call(running, held, "chat", chat, len(body), plan, snapshot.version)
+    resume = chat.stream and _resumes(request, running.caller, plan) and may_resume(chat.body)
+    return Call(running, held, "chat", chat, len(body), plan, snapshot.version, resume)
+
+
+def _resumes(request: Request, caller: Caller, plan: Plan) -> bool:
+    """Whether a stream that breaks is gone on with: the request's word, else the key's, else the configuration's."""
+    said = (each for each in (request.resume, caller.resume, plan.resume) if each is not None)
+    return next(said)

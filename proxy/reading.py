@@ -1,16 +1,23 @@
 """Understanding an upstream's stream while its bytes pass by. Pure: bytes in, the bytes to forward out.
 
-Before the answer has begun every event is read and held back, so that another provider may still be tried. Once it has,
-whole blocks of events pass untouched, up to where the adapter sees something worth reading; what it sees there never
-decides, only what the event says does. From the finish reason on, everything is held until the final usage record is written.
+Before the answer has begun every event is read and held back, so that another provider may still be tried. Once it has, the
+events of a stream are usually alike but for their text: those pass untouched and unread, for what they mean is known from
+the one that was read. Every other event is read. From the finish reason on, everything is held until the final usage
+record is written.
 """
 
 from __future__ import annotations
+
+import re
+from itertools import takewhile
 
 from providers import sse
 from providers.errors import EmptyResponse, Interrupted, ProtocolError, ProviderError
 from providers.wire import Chat, Event, Usage
 from proxy.dialects.openai import DONE
+
+_ODD = re.compile(rb'["\\\x00-\x1f]')
+_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*')
 
 
 class AnswerReader:
@@ -21,7 +28,7 @@ class AnswerReader:
     """
 
     __slots__ = (
-        "_chat", "_choices", "_held", "_splitter", "_wants_usage",
+        "_chat", "_choices", "_held", "_like", "_splitter", "_wants_usage",
         "begun", "complete", "done", "events", "failure", "finish_reason", "usage",
     )  # fmt: skip
 
@@ -31,6 +38,7 @@ class AnswerReader:
         self._wants_usage = wants_usage
         self._splitter = sse.Splitter()
         self._held: list[bytes] = []
+        self._like: tuple[bytes, bytes] | None = None
         self.begun = self.complete = self.done = False
         self.events = 0
         self.usage: Usage | None = None
@@ -44,50 +52,54 @@ class AnswerReader:
         except ProtocolError as error:
             self.failure = error
             return b""
-        return self._pass(block) if self.begun and not self.complete else self._read(block)
-
-    def _pass(self, block: bytes) -> bytes:
-        """Hand on untouched what stands before the first event that somebody here needs to read."""
-        marked = self._chat.first_marked(block)
-        if marked < 0:
-            plain = block
-        else:
-            blank = block.rfind(b"\n\n", 0, marked)
-            plain = block[: blank + 2] if blank >= 0 else b""
-        count = plain.count(b"\n\n")
-        if count != plain.count(b"}\n\n"):
-            return self._read(block)
-        self.events += count
-        return plain if marked < 0 else plain + self._read(block[len(plain) :])
-
-    def _read(self, block: bytes) -> bytes:
-        position = 0
-        for event in sse.events(block):
+        size = self._alike(block)
+        if size == len(block):
+            return block
+        passed, position = [block[:size]], size
+        while position < len(block) and self.failure is None and not self.done:
+            event = next(sse.events(block, position))
             position += len(event.raw)
-            if event.is_comment:
-                if self.begun and not self.complete:
-                    self._held.append(event.raw)
-                continue
-            begun = self.begun
-            if not self._understand(event):
-                break
-            if self.begun and not begun and not self.complete:
-                return self._release() + self._pass(block[position:])
-        return self._release()
+            self._read(event)
+            passed.append(self._release())
+            if self.failure is None and (size := self._alike(block, position)):
+                passed.append(block[position : position + size])
+                position += size
+        return b"".join(passed)
 
-    def _understand(self, event: sse.RawEvent) -> bool:
-        """Read one event; whether the stream goes on after it."""
+    def _alike(self, block: bytes, start: int = 0) -> int:
+        """How many bytes from `start` on are events that differ from one that was read in their text alone."""
+        if self._like is None or not self.begun or self.complete:
+            return 0
+        before, behind = self._like
+        if not block.startswith(before, start):
+            return 0
+        # What comes behind the last of them is in no such event.
+        pieces = block[start:].split(behind)[:-1]
+        alike = list(takewhile(lambda piece: piece.startswith(before), pieces))
+        texts = [piece[len(before) :] for piece in alike]
+        if _ODD.search(b"".join(texts)):
+            texts = list(takewhile(_STRING.fullmatch, texts))
+        size = sum(map(len, texts)) + len(texts) * (len(before) + len(behind))
+        if not _is_utf8(block, start, start + size):
+            return 0
+        self.events += len(texts)
+        return size
+
+    def _read(self, event: sse.RawEvent) -> None:
+        if event.is_comment:
+            if self.begun and not self.complete:
+                self._held.append(event.raw)
+            return
         try:
             meaning = self._chat.read_event(event.data)
         except ProviderError as error:
             meaning = Event(error=error)
         if meaning.error is not None and not self.complete:
             self.failure = meaning.error
-            return False
-        self._take(event.raw, meaning)
-        return not self.done
+        else:
+            self._take(event, meaning)
 
-    def _take(self, raw: bytes, meaning: Event) -> None:
+    def _take(self, event: sse.RawEvent, meaning: Event) -> None:
         self.usage = meaning.usage or self.usage
         self.begun = self.begun or meaning.commits
         if meaning.done:
@@ -99,8 +111,14 @@ class AnswerReader:
             self.finish_reason = self.finish_reason or meaning.finish_reason
             self._choices -= 1
             self.complete = self._choices <= 0
+        elif meaning.commits and meaning.usage is None:
+            self._like = self._chat.around_text(event.raw)
         if meaning.error is None and (not meaning.usage_only or self._wants_usage):
-            self._held.append(raw)
+            self._held.append(self._told(event))
+
+    def _told(self, event: sse.RawEvent) -> bytes:
+        """What the caller is given for an event."""
+        return event.raw
 
     def _release(self) -> bytes:
         """What was held, unless the answer has not begun or its end waits for the record."""
@@ -120,3 +138,11 @@ class AnswerReader:
     def last_bytes(self) -> bytes:
         """The end of a complete answer: finish reason, usage if asked for, and `[DONE]`."""
         return b"".join(self._held) + DONE
+
+
+def _is_utf8(block: bytes, start: int, end: int) -> bool:
+    try:
+        block[start:end].decode()
+    except UnicodeDecodeError:
+        return False
+    return True

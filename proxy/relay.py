@@ -1,37 +1,30 @@
 """Carrying one request to a provider and its answer back, or an honest error.
 
 A stream is committed to the caller at its first content, reasoning, tool call or finish event. Before that the next
-candidate may be tried; after it, whatever breaks is told in the stream, once, and nothing is made up.
+candidate may be tried; after it, another may go on where the stream broke (`resume`), or whatever broke is told in the
+stream, once, and nothing is made up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from providers import upstream
-from providers.errors import (
-    CredentialRejected,
-    CredentialUndecryptable,
-    Interrupted,
-    ProtocolError,
-    ProviderError,
-    Stalled,
-    UpstreamModelNotFound,
-    UpstreamRateLimited,
-    UpstreamTimeout,
-)
+from providers.errors import Interrupted, ProtocolError, ProviderError, Stalled, UpstreamTimeout
 from providers.upstream import Reply
 from providers.wire import Chat
 from proxy.attempts import Attempt, Call
+from proxy.candidates import Candidate
 from proxy.gateway import Gateway
+from proxy.journey import Journey
+from proxy.outcomes import Noted
+from proxy.patience import Patience
 from proxy.reading import AnswerReader
-from proxy.selection import Candidate
+from proxy.resume import Resumption
 
-MAX_DIALS = 3
 MAX_PLAIN_BYTES = 24 * 1024 * 1024
 MAX_ERROR_BYTES = 64 * 1024
 ENDING_SECONDS = 0.5
@@ -39,93 +32,51 @@ ENDING_SECONDS = 0.5
 
 
 class Sink(Protocol):
-    """Where an answer goes. `begin` once, then `send`; `end` carries the last bytes."""
+    """Where an answer goes. `begin` once, then `send`; `end` carries the last bytes.
+
+    keep_alive: say between events that we are still there, where the transport does not say so itself.
+    """
 
     begun: bool
 
     async def begin(self, attempt: Attempt) -> None: ...
     async def send(self, data: bytes) -> None: ...
     async def end(self, data: bytes) -> None: ...
-
-
-class Patience:
-    """The deadlines of one stream with one timer, which looks at the last progress only when it fires."""
-
-    def __init__(self, *, first: float, idle: float, total: float) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._limit, self._idle = first, idle
-        self._last = self._loop.time()
-        self._end = self._last + total
-        self._timer: asyncio.TimerHandle | None = None
-        self._scope: asyncio.Timeout | None = None
-        self._begun = False
-        self.sending = False
-
-    def progress(self) -> None:
-        self._last = self._loop.time()
-
-    def begun(self) -> None:
-        """From now on it is the silence between events that counts."""
-        self._begun, self._limit = True, self._idle
-        self.progress()
-        self._arm()
-
-    def _due(self) -> float:
-        return min(self._last + self._limit, self._end)
-
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(self._due(), self._look)
-
-    def _look(self) -> None:
-        if self.sending:
-            # It is the caller who is slow, and the server has a deadline of its own for that.
-            self.progress()
-        now = self._loop.time()
-        if self._due() <= now and self._scope is not None:
-            self._scope.reschedule(now)
-        else:
-            self._arm()
-
-    def _error(self) -> ProviderError:
-        if not self._begun:
-            return UpstreamTimeout("The provider did not begin to answer in time.")
-        if self._loop.time() >= self._end:
-            return Interrupted("The stream took longer than is allowed.")
-        return Stalled()
-
-    @asynccontextmanager
-    async def scope(self) -> AsyncIterator[None]:
-        """Raises UpstreamTimeout, Stalled or Interrupted when a deadline passes inside."""
-        try:
-            async with asyncio.timeout(None) as self._scope:
-                self._arm()
-                yield
-        except TimeoutError as error:
-            raise self._error() from error
-        finally:
-            self._scope = None
-            if self._timer is not None:
-                self._timer.cancel()
+    async def keep_alive(self) -> None: ...
 
 
 async def run(gateway: Gateway, call: Call, sink: Sink) -> None:
-    """Try the candidates in order until one answers. Raises the error to be told; what was recorded is recorded."""
-    failures: list[ProviderError] = []
-    for number, candidate in enumerate(call.plan.candidates[:MAX_DIALS], 1):
-        try:
-            with Attempt(call, candidate, number, gateway.spool) as attempt:
-                gateway.breakers.trying(candidate.upstream.id)
-                await (_stream if call.chat.stream else _plain)(gateway, attempt, sink)
-            _note_success(gateway, candidate)
-            return
-        except ProviderError as error:
-            _note_failure(gateway, candidate, error)
-            failures.append(error)
-            if sink.begun or not error.failover:
-                raise
-    raise _verdict(failures)
+    """Try the candidates until one answers. Raises the error to be told; what was recorded is recorded."""
+    resumption = Resumption(call.chat.body) if call.resume else None
+    with Journey(call.plan.candidates, gateway.retries) as journey:
+        while (candidate := await _next(journey, sink, resumption)) is not None:
+            try:
+                with (
+                    Attempt(call, candidate, journey.dials, gateway.spool) as attempt,
+                    Noted(gateway, attempt),
+                ):
+                    if call.chat.stream:
+                        await _stream(gateway, attempt, sink, resumption)
+                    else:
+                        await _plain(gateway, attempt, sink)
+                return
+            except ProviderError as error:
+                if not sink.begun:
+                    journey.failed(candidate, error)
+                elif resumption is None:
+                    raise
+                elif resumption.broken(candidate.full_name, error):
+                    journey.once_more(candidate)
+                else:
+                    journey.failed(candidate, error, committed=True)
+        raise (resumption and resumption.broke) or journey.verdict()
+
+
+async def _next(journey: Journey, sink: Sink, resumption: Resumption | None) -> Candidate | None:
+    """Anybody while the caller has nothing of an answer; then who can go on with it."""
+    if resumption is None or not sink.begun:
+        return await journey.next()
+    return await journey.next(lambda each: bool(resumption.ways(_chat(each), each.full_name)))
 
 
 async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
@@ -133,7 +84,7 @@ async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
     candidate, chat = attempt.candidate, _chat(attempt.candidate)
     try:
         async with asyncio.timeout(candidate.upstream.endpoint.timeouts.request):
-            reply = await _dial(gateway, attempt)
+            reply = await _dial(gateway, attempt, attempt.call.chat.body)
             try:
                 await _judge(reply, attempt)
                 body = await upstream.read_bounded(reply, MAX_PLAIN_BYTES)
@@ -148,19 +99,19 @@ async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
     await sink.end(body)
 
 
-async def _stream(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
+async def _stream(gateway: Gateway, attempt: Attempt, sink: Sink, resumption: Resumption | None) -> None:
     timeouts = attempt.candidate.upstream.endpoint.timeouts
-    call = attempt.call
-    reader = AnswerReader(
-        _chat(attempt.candidate), choices=_choices(call.chat.body), wants_usage=call.chat.wants_usage
-    )
-    patience = Patience(first=timeouts.first_token, idle=timeouts.idle, total=timeouts.stream)
+    body, reader = _question(attempt, resumption if sink.begun else None)
+    patience = Patience(
+        first=timeouts.first_token, idle=timeouts.idle, total=timeouts.stream,
+        keep_alive=sink.keep_alive, committed=sink.begun,
+    )  # fmt: skip
     try:
         async with patience.scope():
-            reply = await _dial(gateway, attempt)
+            reply = await _dial(gateway, attempt, body)
             try:
                 await _judge(reply, attempt, stream=True)
-                await _pump(reply, reader, attempt, sink, patience)
+                await _pump(reply, reader, attempt, sink, patience, resumption)
             finally:
                 reply.close()
     finally:
@@ -171,7 +122,25 @@ async def _stream(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
     await sink.end(reader.last_bytes())
 
 
-async def _pump(reply: Reply, reader: AnswerReader, attempt: Attempt, sink: Sink, patience: Patience) -> None:
+def _question(attempt: Attempt, resumption: Resumption | None) -> tuple[Mapping[str, Any], AnswerReader]:
+    """What is asked, and who reads the answer: the caller's own request, or how a broken answer goes on."""
+    request, chat = attempt.call.chat, _chat(attempt.candidate)
+    if resumption is None:
+        return request.body, AnswerReader(
+            chat, choices=_choices(request.body), wants_usage=request.wants_usage
+        )
+    way = resumption.ways(chat, attempt.candidate.full_name)[0]
+    return resumption.body(chat, way), resumption.reader(chat, way, wants_usage=request.wants_usage)
+
+
+async def _pump(
+    reply: Reply,
+    reader: AnswerReader,
+    attempt: Attempt,
+    sink: Sink,
+    patience: Patience,
+    resumption: Resumption | None,
+) -> None:
     """Forward until the answer is complete; raises what went wrong, after forwarding what came before it."""
     while not (reader.complete or reader.failure or reader.done):
         data = await reply.read()
@@ -186,13 +155,15 @@ async def _pump(reply: Reply, reader: AnswerReader, attempt: Attempt, sink: Sink
             attempt.bytes_out += len(out)
             patience.sending = True
             await sink.send(out)
-            patience.sending = False
+            patience.forwarded()
+            if resumption is not None:
+                resumption.add(out)
         if not data:
             break
     if reader.done and not reader.complete and reader.failure is None:
         reader.ended()
     if reader.failure is not None:
-        raise _in_stream(reader.failure) if sink.begun else reader.failure
+        raise _in_stream(reader.failure) if sink.begun and reader.begun else reader.failure
     if not reader.done:
         await _ending(reply, reader)
 
@@ -207,12 +178,13 @@ async def _ending(reply: Reply, reader: AnswerReader) -> None:
         return
 
 
-async def _dial(gateway: Gateway, attempt: Attempt) -> Reply:
+async def _dial(gateway: Gateway, attempt: Attempt, body: Mapping[str, Any]) -> Reply:
     candidate = attempt.candidate
     endpoint = candidate.upstream.endpoint
-    call = attempt.call
-    request = _chat(candidate).request(endpoint, call.chat.body, candidate.model, call.chat.stream)
-    return await upstream.stream(gateway.sessions, endpoint, request, credential=candidate.credential)
+    request = _chat(candidate).request(endpoint, body, candidate.model, attempt.call.chat.stream)
+    return await upstream.stream(
+        gateway.sessions, endpoint, request, credential=candidate.credential, dial=attempt.dial
+    )
 
 
 async def _judge(reply: Reply, attempt: Attempt, *, stream: bool = False) -> None:
@@ -250,30 +222,3 @@ def _choices(body: object) -> int:
 def _in_stream(error: ProviderError) -> ProviderError:
     """What broke a committed stream, in the words for that."""
     return error if isinstance(error, Interrupted | Stalled) else Interrupted(detail=error.detail)
-
-
-def _note_success(gateway: Gateway, candidate: Candidate) -> None:
-    gateway.breakers.succeeded(candidate.upstream.id)
-    if candidate.credential and candidate.credential.key_id in gateway.watcher.weather.rejected:
-        gateway.watcher.accepted(candidate.credential.key_id)
-
-
-def _note_failure(gateway: Gateway, candidate: Candidate, error: ProviderError) -> None:
-    if error.blame == "provider":
-        gateway.breakers.failed(candidate.upstream.id)
-        gateway.watcher.suspect(candidate.upstream.id)
-    elif isinstance(error, CredentialRejected) and candidate.credential:
-        gateway.watcher.rejected(candidate.credential.key_id)
-    elif isinstance(error, CredentialUndecryptable) and candidate.credential:
-        gateway.watcher.undecryptable(candidate.credential.key_id)
-
-
-def _verdict(failures: list[ProviderError]) -> ProviderError:
-    """One error for all candidates: 429 and 404 only when every one said so, else the last that is neither."""
-    others = [
-        error for error in failures if not isinstance(error, UpstreamRateLimited | UpstreamModelNotFound)
-    ]
-    if others:
-        return others[-1]
-    limited = [error for error in failures if isinstance(error, UpstreamRateLimited)]
-    return (limited or failures)[-1]

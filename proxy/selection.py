@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import random
+import functools
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 
-from providers.wire import Credential
 from proxy.auth import Caller
+from proxy.candidates import Candidate, Conditions, Named, Sorted, sort_out
 from proxy.errors import (
     ContextTooLong,
     CredentialMissing,
+    GatewayError,
     InvalidRequest,
     ModelNotAllowed,
     ModelNotFound,
     NoProviderAvailable,
+    UpstreamsLimited,
 )
 from proxy.needs import NAMES, NOTHING, Misfit, Needs, misfit, same_dimensions
 from proxy.snapshot import Choice, Snapshot, Upstream
 from proxy.strategies import ROUTES, Node, Option, Ranked, Route, RouteState, matches
-from proxy.weather import Weather
 
 MOST_MODELS = 20
 """Among how many models of its provider one is sought that fits, for a node that names none."""
@@ -32,21 +33,6 @@ FEW_MODELS = 2
 
 OURS = "penstock"
 """Who owns the models that are routes."""
-
-Named = tuple[Upstream, Choice]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One upstream, the model to ask it for, and the key to ask with."""
-
-    upstream: Upstream
-    model: str
-    credential: Credential | None = None
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.upstream.slug}/{self.model}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +63,6 @@ class Resolved:
         if self.route is not None:
             return self.route.resume is not False
         return self.rule.startswith("active:") and len(self.choices) > 1
-
-
-@dataclass(frozen=True, slots=True)
-class Conditions:
-    """What may not be dialled now, apart from configuration."""
-
-    weather: Weather
-    open_circuits: Collection[int] = frozenset()
 
 
 def plan(
@@ -120,14 +98,21 @@ def plan(
     if resolved.route is not None:
         order = ranked(routes, resolved.route, able, conditions, hint=resolved.hint)
         able = [each for each, _ in order]
-    candidates, trace = _weathered(able, conditions)
-    if not candidates:
-        raise (
-            CredentialMissing()
-            if trace and all("no usable key" in line for line in trace)
-            else NoProviderAvailable()
-        )
-    return Plan(resolved.rule, model, tuple(candidates), (*left_out, *trace), resolved.resume)
+    found = sort_out(able, conditions, turn=routes.turn_of_key, window=functools.partial(_window, snapshot))
+    if not found.candidates:
+        raise _nobody(found)
+    return Plan(resolved.rule, model, tuple(found.candidates), (*left_out, *found.trace), resolved.resume)
+
+
+def _nobody(found: Sorted) -> GatewayError:
+    if found.waits:
+        return UpstreamsLimited(retry_after=min(found.waits))
+    return CredentialMissing() if found.keyless else NoProviderAvailable()
+
+
+def _window(snapshot: Snapshot, named: Named) -> int | None:
+    upstream, choice = named
+    return snapshot.facts_of(upstream.id, choice.model).context_window
 
 
 def resolve(snapshot: Snapshot, *, purpose: str, model: str, provider_id: str) -> Resolved:
@@ -204,9 +189,9 @@ def fitting(
         facts = snapshot.facts_of(upstream.id, choice.model)
         if (found := misfit(facts, needs)) is not None:
             misfits.append(found)
-            trace.append(f"{upstream.slug}: {choice.model} cannot: {found.text}")
+            trace.append(f"{upstream.slug}/{choice.model}: cannot: {found.text}")
         elif purpose == "embeddings" and able and not _embeds_alike(snapshot, able[0], (upstream, choice)):
-            trace.append(f"{upstream.slug}: {choice.model} makes vectors of another length")
+            trace.append(f"{upstream.slug}/{choice.model}: makes vectors of another length")
         else:
             able.append((upstream, choice))
     if misfits and not able:
@@ -267,9 +252,8 @@ def _few(named: Sequence[Named]) -> Iterator[Named]:
 
 def obstacle(named: Named, conditions: Conditions) -> str:
     """What keeps this choice from being dialled now, in words; nothing when it would be."""
-    upstream, _ = named
-    _, trace = _weathered([named], conditions)
-    return trace[0].removeprefix(f"{upstream.slug}: ") if trace else ""
+    line = sort_out([named], conditions, window=lambda each: None).trace[0].partition(": ")[2]
+    return "" if line == "taken" else line
 
 
 def first_model(snapshot: Snapshot, upstream: Upstream, purpose: str) -> str:
@@ -318,49 +302,6 @@ def allows(caller: Caller, *names: str) -> bool:
     return not caller.allowed_models or any(
         fnmatchcase(name, pattern) for pattern in caller.allowed_models for name in names
     )
-
-
-def _weathered(
-    named: Sequence[tuple[Upstream, Choice]], conditions: Conditions
-) -> tuple[list[Candidate], list[str]]:
-    """Leave out what is down; when nothing is left, the first that only its probes call down gets a forced trial."""
-    candidates, trials, trace = [], [], []
-    for upstream, choice in named:
-        try:
-            credential = _credential(upstream, choice, conditions.weather.rejected)
-        except LookupError:
-            trace.append(f"{upstream.slug}: no usable key")
-            continue
-        candidate = Candidate(upstream, choice.model, credential)
-        if upstream.id in conditions.open_circuits:
-            trace.append(f"{upstream.slug}: circuit open")
-        elif upstream.id in conditions.weather.down:
-            trace.append(f"{upstream.slug}: down ({conditions.weather.down[upstream.id][:80]})")
-            if upstream.id not in conditions.weather.overridden:
-                trials.append(candidate)
-        else:
-            candidates.append(candidate)
-    if not candidates and trials:
-        trace.append(f"{trials[0].upstream.slug}: forced trial")
-        return trials[:1], trace
-    return candidates, trace
-
-
-def _credential(upstream: Upstream, choice: Choice, rejected: Collection[int]) -> Credential | None:
-    """The key to dial with: the chosen one, else one by weight among those not refused. LookupError when a vendor has none."""
-    if choice.credential is not None:
-        return choice.credential
-    usable = [each for each in upstream.credentials if each.key_id not in rejected]
-    if not usable:
-        # Every key was refused: trying one again is how a key that was mended at the vendor comes back.
-        usable = list(upstream.credentials)
-    if not usable:
-        if upstream.kind.needs_key:
-            raise LookupError
-        return None
-    if len(usable) == 1:
-        return usable[0]
-    return random.choices(usable, weights=[each.weight for each in usable])[0]  # noqa: S311  # shares load, guards nothing
 
 
 def visible_models(snapshot: Snapshot, caller: Caller) -> Iterator[tuple[str, str]]:

@@ -195,6 +195,7 @@ class RouteState:
         # The interpreter's own generator is seeded anew in a forked worker; one of ours would begin everywhere the same.
         self._chance = chance
         self._memories: dict[int, _Memory] = {}
+        self._keys: dict[int, Wheel] = {}
         self._lock = threading.Lock()
 
     def began(self, provider_id: int) -> None:
@@ -208,6 +209,16 @@ class RouteState:
     def answered(self, provider_id: int, model: str, ttft_ms: float) -> None:
         """The first token of an answer came, so many milliseconds after it was asked for."""
         self.speeds.observe(provider_id, model, ttft_ms, self._clock())
+
+    def turn_of_key(self, provider_id: int, weights: Mapping[int, int]) -> int:
+        """Of several keys of one provider, the one whose turn it is; from a random place, as with the nodes of a route."""
+        with self._lock:
+            wheel = self._keys.get(provider_id)
+            if wheel is None:
+                wheel = self._keys[provider_id] = Wheel()
+                for _ in range(self._chance(max(1, min(sum(weights.values()), MOST_STEPS)))):
+                    wheel.turn(weights)
+            return wheel.turn(weights)
 
     def order(
         self,

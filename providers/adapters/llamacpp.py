@@ -45,7 +45,8 @@ KIND = Kind(
     base_url="http://localhost:8080",
     authorize=openai.bearer,
     classify=classify,
-    chat=openai.chat(self_hosted_api),
+    # An assistant's message that comes last is gone on with.
+    chat=openai.chat(self_hosted_api, prefill=openai.prefilled),
     models=Models(
         request=lambda endpoint: WireRequest("GET", f"{self_hosted_api(endpoint)}/models"), parse=read_models
     ),

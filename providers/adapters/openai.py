@@ -35,23 +35,13 @@ Address = Callable[[Endpoint], str]
 
 JSON: Headers = (("Content-Type", "application/json"),)
 
-_COUNTED_OR_FINISHED = re.compile(rb'_(?:reason"\s*:\s*"|tokens"\s*:)')
-_FAILED = re.compile(rb'"error"\s*(?::\s*[^\sn]|[,}])')
+_TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments)"\s*:\s*"((?:[^"\\]|\\.)+)"')
 
 
-def first_marked(block: bytes) -> int:
-    """Where usage, a finish reason, an error or the end first shows, or -1. May point too early, never too late.
-
-    Three scans for a fixed beginning each take a third of the time of one pattern with alternatives.
-    """
-    found = []
-    if match := _COUNTED_OR_FINISHED.search(block):
-        found.append(match.start())
-    if b'"error"' in block and (match := _FAILED.search(block)):
-        found.append(match.start())
-    if (end := block.find(b"[DONE]")) >= 0:
-        found.append(end)
-    return min(found, default=-1)
+def around_text(raw: bytes) -> tuple[bytes, bytes] | None:
+    """A chunk is cut at its first text that is not empty. Inside another text such a name would have its quotes escaped."""
+    match = _TEXT.search(raw)
+    return None if match is None else (raw[: match.start(1)], raw[match.end(1) :])
 
 
 _COMMITTING = (
@@ -69,14 +59,26 @@ def bearer(secret: str) -> Headers:
     return (("Authorization", f"Bearer {secret}"),)
 
 
-def chat(address: Address, *, asks_usage: bool = True) -> Chat:
-    """`asks_usage` is false where `stream_options` is refused and usage comes unasked."""
+Prefill = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
+
+
+def chat(address: Address, *, asks_usage: bool = True, prefill: Prefill | None = None) -> Chat:
+    """`asks_usage` is false where `stream_options` is refused and usage comes unasked. prefill: see wire.Chat."""
     return Chat(
         request=partial(chat_request, address, asks_usage=asks_usage),
-        first_marked=first_marked,
+        around_text=around_text,
         read_event=read_event,
         read_completion=read_completion,
+        prefill=prefill,
     )
+
+
+def prefilled(
+    body: Mapping[str, Any], text: str, *, message: Mapping[str, Any] | None = None, **fields: Any
+) -> Mapping[str, Any]:
+    """The request with `text` as the beginning of the assistant's answer. message, fields: what a kind wants besides."""
+    last = {"role": "assistant", "content": text, **(message or {})}
+    return {**body, **fields, "messages": [*body["messages"], last]}
 
 
 def chat_request(

@@ -5,8 +5,9 @@ Sources of the addresses: each vendor's own page on its OpenAI-compatible API.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from providers.adapters import openai
 from providers.adapters.addresses import vendor_api
@@ -55,6 +56,11 @@ def _cohere_models(endpoint: Endpoint) -> WireRequest:
     )
 
 
+def _with_prefix(body: Mapping[str, Any], text: str) -> Mapping[str, Any]:
+    """Mistral and DeepSeek go on with a last message that is marked so; DeepSeek only under its `/beta`, and refuses it elsewhere."""
+    return openai.prefilled(body, text, message={"prefix": True})
+
+
 def _at(path: str) -> Callable[[Endpoint], str]:
     return lambda endpoint: f"{vendor_api(endpoint)}{path}"
 
@@ -91,9 +97,17 @@ VENDOR_KINDS: tuple[Kind, ...] = (
     _line("groq", "Groq", "https://api.groq.com/openai/v1"),
     # Mistral answers 422 to `stream_options`, and sends usage with the last chunk anyway.
     _line(
-        "mistral", "Mistral AI", "https://api.mistral.ai/v1", chat=openai.chat(vendor_api, asks_usage=False)
+        "mistral",
+        "Mistral AI",
+        "https://api.mistral.ai/v1",
+        chat=openai.chat(vendor_api, asks_usage=False, prefill=_with_prefix),
     ),
-    _line("deepseek", "DeepSeek", "https://api.deepseek.com/v1"),
+    _line(
+        "deepseek",
+        "DeepSeek",
+        "https://api.deepseek.com/v1",
+        chat=openai.chat(vendor_api, prefill=_with_prefix),
+    ),
     _line("zai", "Z.ai", "https://api.z.ai/api/paas/v4"),
     _line("huggingface", "Hugging Face", "https://router.huggingface.co/v1"),
 )

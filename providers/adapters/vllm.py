@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from providers.adapters import openai
 from providers.adapters.addresses import native_root, self_hosted_api
 from providers.adapters.failures import classify
@@ -19,7 +21,11 @@ KIND = Kind(
     base_url="http://localhost:8000",
     authorize=openai.bearer,
     classify=classify,
-    chat=openai.chat(self_hosted_api),
+    chat=openai.chat(
+        self_hosted_api,
+        # https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html: both belong together.
+        prefill=partial(openai.prefilled, continue_final_message=True, add_generation_prompt=False),
+    ),
     models=openai.models(self_hosted_api),
     probe=openai.probe(lambda endpoint: f"{native_root(endpoint)}/health", read_health),
 )

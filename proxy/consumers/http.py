@@ -44,6 +44,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 JSON = (b"content-type", b"application/json")
 EVENT_STREAM = (b"content-type", b"text/event-stream; charset=utf-8")
+RESUME = {b"on": True, b"off": False}
 # Answers belong to one caller, and a proxy in front must not collect a stream before passing it on.
 ALWAYS = (
     (b"cache-control", b"no-store"),
@@ -63,6 +64,7 @@ class HttpRequest:
         self.address = (scope.get("client") or ("",))[0]
         self.id = request_id_from(named.get(b"x-request-id", b"").decode("latin-1"))
         self.length = _length(named.get(b"content-length", b""))
+        self.resume = RESUME.get(named.get(b"x-penstock-resume", b""))
 
     async def body(self) -> bytes:
         """The whole body. Raises UnsupportedMediaType, RequestTooLarge, RequestTimeout."""
@@ -159,6 +161,9 @@ class HttpSink:
 
     async def end(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data})
+
+    async def keep_alive(self) -> None:
+        await self.send(b": keep-alive\n\n")
 
     async def answer(
         self, body: bytes, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()

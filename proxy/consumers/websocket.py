@@ -76,6 +76,9 @@ class FrameSink:
         await self.send(data)
         await self._socket.frame(id=self._id, type="done", usage=usage_of(self.attempt))
 
+    async def keep_alive(self) -> None:
+        """The server's pings do that."""
+
     async def fail(self, error: GatewayError | ProviderError, request_id: str) -> None:
         body = orjson.loads(openai.error(error.status, error.code, error.text, request_id, error.param))
         await self._socket.frame(id=self._id, type="error", **body)
@@ -90,6 +93,7 @@ class FrameRequest:
         self.address = (scope.get("client") or ("",))[0]
         self.id = request_id_from(None)
         self.length = len(body)
+        self.resume: bool | None = None
         self.running: Running | None = None
 
     async def body(self) -> bytes:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from providers import adapters, errors, sse
 from providers.adapters import KINDS, SELF_HOSTED, VENDORS
 from providers.adapters.failures import classify
-from providers.adapters.openai import first_marked, read_completion, read_event, read_models, read_usage
+from providers.adapters.openai import around_text, read_completion, read_event, read_models, read_usage
 from providers.destination import check_url
 from providers.wire import Answer, Chat, Endpoint, Event, Kind, origin_of
 
@@ -89,8 +89,6 @@ def test_the_recorded_stream_is_understood(name: str) -> None:
     assert [event.finish_reason for event in read if event.finish_reason] == [expected["finish_reason"]]
     assert [asdict(event.usage) for event in read if event.usage] == [expected["usage"]]
     for raw, event in zip(chunks, read, strict=True):
-        if event.usage or event.finish_reason or event.done:
-            assert chat.first_marked(raw.raw) >= 0, raw
         if event.usage_only:
             assert json.loads(raw.data)["choices"] == []
 
@@ -312,8 +310,6 @@ def test_f05_an_error_inside_a_200_is_an_error(
     event = read_event(encoded)
     assert type(event.error) is expected
     assert not event.commits
-    assert first_marked(encoded) >= 0
-    assert first_marked(json.dumps(data, separators=(",", ":")).encode()) >= 0
     with pytest.raises(expected):
         read_completion(encoded)
 
@@ -383,9 +379,29 @@ def test_only_a_chunk_without_choices_is_there_for_usage_alone() -> None:
     assert not read_event(json.dumps({"choices": [{"delta": {}}], "usage": usage}).encode()).usage_only
 
 
-def test_the_marker_passes_over_ordinary_chunks() -> None:
-    chunk = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"a \\"usage\\": {"},"finish_reason":null}],"usage":null,"error":null}\n\n'
-    assert first_marked(chunk) < 0
+@pytest.mark.parametrize(
+    ("delta", "text"),
+    [
+        ({"content": "a"}, b"a"),
+        ({"role": "assistant", "content": "a"}, b"a"),
+        ({"content": "", "reasoning_content": "so"}, b"so"),
+        ({"content": 'say "content": "x"'}, rb"say \"content\": \"x\""),
+        ({"tool_calls": [{"index": 0, "function": {"arguments": '{"a'}}]}, rb"{\"a"),
+    ],
+)
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+def test_an_event_is_cut_around_its_text(
+    delta: dict[str, Any], text: bytes, separators: tuple[str, str]
+) -> None:
+    data = {"id": "x", "choices": [{"index": 0, "delta": delta, "finish_reason": None}], "usage": None}
+    raw = b"data: " + json.dumps(data, separators=separators).encode() + b"\n\n"
+    around = around_text(raw)
+    assert around is not None and text.join(around) == raw
+
+
+@pytest.mark.parametrize("delta", [{}, {"content": ""}, {"content": None}, {"refusal": "no"}])
+def test_an_event_without_a_text_is_not_cut(delta: dict[str, Any]) -> None:
+    assert around_text(b"data: " + json.dumps({"choices": [{"delta": delta}]}).encode() + b"\n\n") is None
 
 
 @given(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -121,3 +122,52 @@ def test_an_error_after_the_finish_reason_changes_nothing() -> None:
     one.feed(ROLE + WORDS[0] + FINISH + b'data: {"error": {"message": "late"}}\n\n')
     assert one.complete and one.failure is None
     assert one.last_bytes() == FINISH + DONE
+
+
+BROKEN = [
+    b'data: {"id": "c1", "choices": [oops}\n\n',
+    b'data: {"id": "c1", "choices": [{"index": 0, "delta": {"content": "\x80\xe2"}, "finish_reason": null}]}\n\n',
+    b'data: {"id": "c1", "choices": [{"index": 0, "delta": {"content": "a\x01"}, "finish_reason": null}]}\n\n',
+    b'data: {"id": "c1", "choices": [{"index": 0, "delta": {"content": "a\\q"}, "finish_reason": null}]}\n\n',
+    b"data: null\n\n",
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("together", [True, False])
+def test_what_is_no_json_is_a_failure_and_nothing_of_it_is_passed_on(broken: bytes, together: bool) -> None:
+    one = reader()
+    parts = [ROLE, *WORDS[:2], broken, *WORDS[2:], FINISH, DONE]
+    out = b""
+    for part in [b"".join(parts)] if together else parts:
+        if one.failure is None:
+            out += one.feed(part)
+    assert out == b"".join([ROLE, *WORDS[:2]])
+    assert one.failure is not None and not one.complete
+
+
+@given(
+    st.lists(
+        st.sampled_from(["a", '"', "\\", "\n", "w\u00f6rt", "\u2028", "{", "}", ',"finish_reason":"stop"'])
+    )
+)
+def test_every_text_passes_unchanged_and_is_counted(texts: list[str]) -> None:
+    one = reader()
+    stream = b"".join([ROLE, event({"content": "x"}), *(event({"content": text}) for text in texts)])
+    assert one.feed(stream) == stream
+    assert one.events == 1 + len(texts) and not one.complete and one.failure is None
+
+
+def test_events_that_differ_in_their_text_alone_are_not_read() -> None:
+    """Else each would cost a parser's time, and nobody would notice."""
+    assert CHAT is not None
+    read = []
+
+    def read_event(data: bytes) -> Any:
+        read.append(data)
+        return CHAT.read_event(data)
+
+    one = AnswerReader(replace(CHAT, read_event=read_event), choices=1, wants_usage=False)
+    feed(one, [ROLE, *WORDS, FINISH])
+    assert len(read) == 3
+    assert one.events == len(WORDS) + 1

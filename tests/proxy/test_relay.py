@@ -218,7 +218,6 @@ def test_at_most_three_providers_are_dialled(house: House) -> None:
 @pytest.mark.parametrize(
     ("fault", "status", "code"),
     [
-        (answers.context_too_long(), 400, "context_length_exceeded"),
         (answers.content_policy(), 400, "content_policy_violation"),
         (answers.status(422), 400, "invalid_request"),
     ],

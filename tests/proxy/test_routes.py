@@ -9,9 +9,10 @@ import pytest
 
 from proxy import selection
 from proxy.auth import Caller
+from proxy.candidates import Conditions
 from proxy.errors import ContextTooLong, InvalidRequest, ModelNotAllowed
 from proxy.needs import Needs, needs_of
-from proxy.selection import Conditions, Plan
+from proxy.selection import Plan
 from proxy.strategies import Node, RouteState
 from tests.support.answers import status
 from tests.support.inprocess import House
@@ -24,7 +25,7 @@ def plan_of(
     house: House, model: str, *, purpose: str = "chat", needs: Needs | None = None, **how: Any
 ) -> Plan:
     caller = how.pop("caller", ANYBODY)
-    conditions = Conditions(house.watcher.weather, how.pop("open_circuits", frozenset()))
+    conditions = Conditions(house.watcher.weather, how.pop("open_circuits", {}))
     return selection.plan(
         house.watcher.snapshot,
         conditions,
@@ -121,7 +122,7 @@ def test_a_node_that_is_down_is_left_out_and_all_down_is_a_forced_trial(pair: Ho
     pair.weather(down={1: "timeout"})
     for _ in range(4):
         assert names(plan_of(pair, "fast")) == ["second/big"]
-    assert names(plan_of(pair, "fast", open_circuits=frozenset({2})))[:1] == ["first/tiny"]
+    assert names(plan_of(pair, "fast", open_circuits={2: 9.0}))[:1] == ["first/tiny"]
     pair.weather(down={1: "timeout", 2: "timeout"})
     assert len(plan_of(pair, "fast").candidates) == 1
 
@@ -172,7 +173,7 @@ def test_a_prompt_goes_only_where_it_may_fit(pair: House) -> None:
     pair.know(1, "tiny", context_window=100)
     plan = plan_of(pair, "fast", needs=Needs(prompt_bytes=2000))
     assert names(plan) == ["second/big"]
-    assert plan.trace == ("first: tiny cannot: at least 250 tokens, and its window has 100",)
+    assert plan.trace[0] == "first/tiny: cannot: at least 250 tokens, and its window has 100"
     assert names(plan_of(pair, "fast", needs=Needs(prompt_bytes=700)))[0] == "first/tiny"
     pair.know(2, "big", context_window=200)
     with pytest.raises(ContextTooLong) as refused:
@@ -208,7 +209,7 @@ def test_embeddings_never_change_their_length(house: House, upstream: Upstream) 
     for _ in range(6):
         plan = plan_of(house, "vectors", purpose="embeddings")
         assert sorted(names(plan)) == ["one/one", "three/three"]
-        assert plan.trace == ("two: two makes vectors of another length",)
+        assert plan.trace[0] == "two/two: makes vectors of another length"
 
 
 def test_configuration_says_whether_a_broken_stream_is_resumed(pair: House) -> None:
