@@ -16,6 +16,8 @@ UV_COMPILE = $(VENV)-lock/bin/uv pip compile --quiet --universal --python-versio
 	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
 PYTEST := ENV_FILE=/dev/null $(BIN)/python -m pytest
 TEST_PROCESSES ?= 2
+# For example --quick; docs/benchmarks.md has all.
+BENCH_OPTIONS ?=
 # A production-like environment for `manage.py check --deploy`, with secrets made on the spot.
 CHECK_DIR := $(VENV)/check
 CHECK_MANAGE := ENV_FILE=$(CHECK_DIR)/env DATA_DIR=$(CHECK_DIR) DATABASE_URL=sqlite://:memory: REDIS_URL= DEBUG=false \
@@ -79,7 +81,11 @@ format: $(VENV)/.installed-dev ## Format the code and fix what can be fixed
 
 .PHONY: bench
 bench: $(VENV)/.installed-dev ## Measure us beside a bare pass-through, in one run on this machine
-	ENV_FILE=/dev/null $(BIN)/python -m tests.bench
+	ENV_FILE=/dev/null $(BIN)/python -m tests.bench $(BENCH_OPTIONS)
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/.installed-dev ## The same beside nginx and other gateways, those that are installed
+	ENV_FILE=/dev/null $(BIN)/python -m tests.bench --peers $(BENCH_OPTIONS)
 
 ##@ Containers
 .PHONY: docker-build
