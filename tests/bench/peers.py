@@ -122,7 +122,7 @@ PEERS = (
         name="portkey",
         variable="BENCH_PORTKEY",
         program="portkey-gateway",
-        install="npm install --prefix FOLDER @portkey-ai/gateway, then BENCH_PORTKEY=FOLDER/node_modules/.bin/gateway",
+        install="npm install --prefix FOLDER @portkey-ai/gateway, then BENCH_PORTKEY=FOLDER/node_modules/.bin/gateway (docs/benchmarks.md)",
         file="loopback.cjs",
         config=PORTKEY,
         args=("--port=@PORT@", "--headless"),
