@@ -37,14 +37,15 @@ class Cooldowns:
         now = self._clock()
         return {each: rest.until - now for each, rest in self._rests.items() if rest.until > now}
 
-    def limited(self, key: int, retry_after: float | None) -> None:
-        """Its provider said 429, and perhaps for how many seconds."""
+    def limited(self, key: int, retry_after: float | None) -> float:
+        """Its provider said 429, and perhaps for how many seconds; for how many it is left alone."""
         known = self._rests.get(key)
         in_a_row = known.in_a_row + 1 if known is not None else 1
         untold = min(FIRST_SECONDS * 2.0 ** min(in_a_row - 1, 10), MOST_UNTOLD_SECONDS)
         seconds = untold if retry_after is None else min(max(retry_after, FIRST_SECONDS), MOST_SECONDS)
         until = self._clock() + seconds
         self._rests[key] = _Rest(max(until, known.until if known is not None else until), in_a_row)
+        return seconds
 
     def accepted(self, key: int) -> None:
         if self._rests:

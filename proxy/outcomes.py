@@ -55,7 +55,8 @@ class Noted(AbstractContextManager[None]):
         else:
             gateway.breakers.called_off(self._id)
         if isinstance(error, UpstreamRateLimited):
-            gateway.cooldowns.limited(candidate.rests_as, error.retry_after)
+            # Where the provider did not say for how long, it is we who do: to the caller, and to the one who asks again.
+            error.retry_after = gateway.cooldowns.limited(candidate.rests_as, error.retry_after)
         elif isinstance(error, CredentialRejected) and candidate.credential:
             gateway.watcher.rejected(candidate.credential.key_id)
         elif isinstance(error, CredentialUndecryptable) and candidate.credential:

@@ -56,14 +56,16 @@ class AnswerReader:
         if size == len(block):
             return block
         passed, position = [block[:size]], size
-        while position < len(block) and self.failure is None and not self.done:
+        while position < len(block):
             event = next(sse.events(block, position))
             position += len(event.raw)
             self._read(event)
             passed.append(self._release())
-            if self.failure is None and (size := self._alike(block, position)):
-                passed.append(block[position : position + size])
-                position += size
+            if self.failure is not None or self.done:
+                break
+            size = self._alike(block, position)
+            passed.append(block[position : position + size])
+            position += size
         return b"".join(passed)
 
     def _alike(self, block: bytes, start: int = 0) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,6 +190,9 @@ def second_is(house: House, kind: str) -> None:
     house._change(upstreams=upstreams)
 
 
+FRAME_TOKENS = 5
+
+
 def assert_resumed(told: Told, upstream: Upstream, fallback: Upstream) -> None:
     """The caller has all of it, in one piece, and the truth about who said what."""
     told.check(whole_text=LONG)
@@ -197,7 +201,9 @@ def assert_resumed(told: Told, upstream: Upstream, fallback: Upstream) -> None:
     assert told.finish_reasons == ["stop"]
     assert told.usage is not None
     own_prompt = answers.Answer().tokens(upstream.ledger.asked[0])["prompt_tokens"]
-    assert (told.usage["prompt_tokens"], told.usage["completion_tokens"]) == (own_prompt, 60)
+    # The one who went on counts the frame of the message it went on with, which nobody can tell apart from the prompt.
+    assert own_prompt <= told.usage["prompt_tokens"] <= own_prompt + FRAME_TOKENS
+    assert told.usage["completion_tokens"] == 60
     assert len(upstream.ledger.asked) == len(fallback.ledger.asked) == 1
 
 
@@ -217,7 +223,8 @@ def test_fault_08_a_stream_cut_in_the_middle_is_gone_on_with_by_prefill(
 ) -> None:
     second_is(pair, kind)
     upstream.behave(faults.reset_after(40))
-    fallback.behave(prefill.continuing())
+    # Mistral sends usage unasked, and refuses to be asked.
+    fallback.behave(prefill.continuing(replace(prefill.LONG, usage=kind == "mistral" or None)))
 
     told = ask(max_tokens=100, **USAGE)
 

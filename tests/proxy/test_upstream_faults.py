@@ -121,7 +121,7 @@ def test_f07_a_limited_provider_is_not_asked_before_its_time_and_soon_after_it(
     assert all(told.text == SHORT for told in served)
     first, second = upstream.ledger.asked
     assert least <= second.at - first.at <= most
-    assert pair.gateway.breakers.open() == frozenset()
+    assert pair.gateway.breakers.open() == {}
     assert not pair.watcher._suspects
 
 
@@ -569,7 +569,7 @@ def test_f18_an_idempotency_key_is_not_interpreted_and_two_requests_stay_two(
 def test_a_committed_stream_that_pauses_is_kept_alive_by_comments_that_are_no_events(
     pair: House, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.relay.KEEPALIVE_SECONDS", 0.2)
+    monkeypatch.setattr("proxy.patience.KEEPALIVE_SECONDS", 0.2)
     pair.shorten(idle=5, first_token=5)
     upstream.behave(answers.ok(chunks=3, delay=0.7))
 
