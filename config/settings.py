@@ -406,6 +406,8 @@ SPECTACULAR_SETTINGS = {
 # -- the data plane --------------------------------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES = env.whole("MAX_REQUEST_BYTES", 10 * 1024 * 1024, least=1024, most=1024**3)
+MAX_RUNNING_REQUESTS = env.whole("MAX_RUNNING_REQUESTS", 2000, least=1, most=1_000_000)
+MEMORY_LIMIT_BYTES = env.whole("MEMORY_LIMIT_BYTES", 0, least=0, most=2**50)
 TEST_TIMEOUT_SECONDS = env.seconds("TEST_TIMEOUT_SECONDS", 10)
 CONNECT_TIMEOUT_SECONDS = env.seconds("CONNECT_TIMEOUT_SECONDS", 5)
 FIRST_TOKEN_TIMEOUT_SECONDS = env.seconds("FIRST_TOKEN_TIMEOUT_SECONDS", 60)

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 JITTER = 0.2
 """Part of the interval by which probes are spread, so that those that began together do not stay together."""
 
+RECOVERY_SECONDS = 15.0
+"""A provider that fails is asked at least so often, so that its return is noticed within 30 s."""
+
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 """When a new row was due: before any probe of it can have begun."""
 
@@ -242,6 +245,8 @@ def _after_probe(health: ProviderHealth, reading: Reading, now: datetime) -> dic
 def _until_next(provider: Provider, *, online: bool) -> timedelta:
     """The provider's interval with jitter; a failing one is never asked late, so that the time to `down` has a bound."""
     interval = provider.probe_interval_seconds or settings.HEALTH_CHECK_INTERVAL_SECONDS
+    if not online:
+        interval = min(interval, RECOVERY_SECONDS)
     spread = random.uniform(1 - JITTER, 1 + JITTER if online else 1.0)  # noqa: S311 - spreads load, guards nothing
     return timedelta(seconds=interval * spread)
 

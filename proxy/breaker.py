@@ -15,6 +15,9 @@ MOST_SECONDS = 300.0
 TRIAL_SECONDS = 1.0
 """Between two forced trials of a provider that nobody else can stand in for."""
 
+RECOVERY_SECONDS = 10.0
+"""So long a circuit stays open whatever a probe says: what answers probes may still fail at what it is for."""
+
 NONE: Mapping[int, float] = {}
 
 
@@ -23,6 +26,7 @@ class _State:
     failures: int = 0
     openings: int = 0
     open_until: float = 0.0
+    opened_at: float = 0.0
     tried_at: float = float("-inf")
     on_trial: bool = False
 
@@ -42,9 +46,15 @@ class Breakers:
         if not self._states:
             return NONE
         now = self._clock()
-        return {
-            each: state.open_until - now for each, state in self._states.items() if state.open_until > now
-        }
+        # The watcher's thread asks, too: what it walks must not change under it.
+        states = list(self._states.items())
+        return {each: state.open_until - now for each, state in states if state.open_until > now}
+
+    def opened(self) -> Mapping[int, float]:
+        """The providers whose circuit has been open for RECOVERY_SECONDS, and since how many seconds."""
+        now = self._clock()
+        ages = ((each, now - state.opened_at) for each, state in list(self._states.items()) if state.openings)
+        return {each: age for each, age in ages if age >= RECOVERY_SECONDS}
 
     def trying(self, provider_id: int) -> None:
         """A request is about to dial: when the circuit is half-open, others wait for its result."""
@@ -70,6 +80,7 @@ class Breakers:
             # What was under way when the circuit opened says nothing new; else a burst would open it for minutes.
             state.on_trial = False
             state.openings += 1
+            state.opened_at = now
             state.open_until = now + min(OPEN_SECONDS * state.openings, MOST_SECONDS)
 
     def called_off(self, provider_id: int) -> None:
@@ -80,7 +91,7 @@ class Breakers:
             state.open_until = self._clock() + TRIAL_SECONDS
 
     def recovered(self, provider_id: int) -> None:
-        """A probe found it well: the next request may try."""
+        """A probe found it well after its circuit had opened: the next request may try."""
         state = self._states.get(provider_id)
-        if state is not None:
+        if state is not None and provider_id in self.opened():
             state.open_until = self._clock()

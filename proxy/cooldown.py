@@ -35,7 +35,8 @@ class Cooldowns:
         if not self._rests:
             return NONE
         now = self._clock()
-        return {each: rest.until - now for each, rest in self._rests.items() if rest.until > now}
+        # The watcher's thread asks, too: what it walks must not change under it.
+        return {each: rest.until - now for each, rest in list(self._rests.items()) if rest.until > now}
 
     def limited(self, key: int, retry_after: float | None) -> float:
         """Its provider said 429, and perhaps for how many seconds; for how many it is left alone."""

@@ -133,6 +133,11 @@ class Unavailable(GatewayError):
     wait = 5
 
 
+class Overloaded(Unavailable):
+    message = "The gateway is busy with other requests."
+    wait = 1
+
+
 class NoProviderAvailable(Unavailable):
     code = "no_provider_available"
     message = "No provider can take this request now."

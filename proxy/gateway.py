@@ -17,9 +17,11 @@ from proxy.auth import Caller
 from proxy.breaker import Breakers
 from proxy.candidates import Conditions
 from proxy.cooldown import Cooldowns
+from proxy.grapevine import Grapevine, Hearsay
 from proxy.inflight import REGISTRY, Registry
 from proxy.journey import RetryBudget
 from proxy.limits import Limits
+from proxy.overload import Overload
 from proxy.spool import Spool
 from proxy.strategies import ROUTES
 from proxy.watcher import WATCHER, Watcher
@@ -48,21 +50,36 @@ class Gateway:
         self.limits = Limits(self._redis_url, workers=self._workers)
         self.breakers = Breakers()
         self.cooldowns = Cooldowns()
+        self.grapevine = Grapevine(self._redis_url)
+        self.heard = Hearsay()
+        self.overload = Overload(
+            most_running=settings.MAX_RUNNING_REQUESTS, memory_limit=settings.MEMORY_LIMIT_BYTES
+        )
         self.retries = RetryBudget(lambda: self.registry.running)
         self.routes = ROUTES
         self.sessions = Sessions()
 
     def conditions(self) -> Conditions:
         """What may not be dialled at this moment."""
-        breakers, cooldowns = self.breakers, self.cooldowns
-        return Conditions(self.watcher.weather, breakers.open(), cooldowns.resting(), breakers.may_force)
+        circuits, resting = self.breakers.open(), self.cooldowns.resting()
+        if self.heard:
+            elsewhere, tired = self.heard.left(time.monotonic())
+            circuits, resting = {**elsewhere, **circuits}, {**tired, **resting}
+        return Conditions(self.watcher.weather, circuits, resting, self.breakers.may_force)
+
+    def swap(self) -> None:
+        """Exchange with other workers what was seen; in the watcher's thread."""
+        self.heard = self.grapevine.swap(Hearsay(self.breakers.open(), self.cooldowns.resting()))
 
     async def start(self) -> None:
         """Read the configuration, open the spool, begin to sweep. Raises when the database cannot be read."""
         self._make()
+        loop = asyncio.get_running_loop()
+        self.watcher.swap, self.watcher.opened = self.swap, self.breakers.opened
+        recovered = self.breakers.recovered
+        self.watcher.recovered = lambda provider_id: loop.call_soon_threadsafe(recovered, provider_id)
         await asyncio.to_thread(self.watcher.start)
         self.spool.run()
-        loop = asyncio.get_running_loop()
         # A revoked key ends its streams when the snapshot says so, not at the next sweep.
         self.watcher.on_change = functools.partial(
             loop.call_soon_threadsafe, self.registry.sweep, self._is_good
@@ -78,6 +95,8 @@ class Gateway:
         await self.sessions.close()
         await self.limits.close()
         await asyncio.to_thread(self.watcher.stop)
+        self.watcher.swap, self.watcher.opened = lambda: None, dict
+        self.grapevine.close()
         await asyncio.to_thread(self.spool.close)
 
     async def _sweep(self) -> None:
@@ -86,6 +105,7 @@ class Gateway:
             await asyncio.sleep(1)
             try:
                 self.registry.sweep(self._is_good)
+                self.overload.measure()
                 await self.limits.sweep()
                 metrics.weather(self)
             except Exception:

@@ -35,6 +35,13 @@ SPOOL_TROUBLE = Gauge(
     "penstock_spool_trouble", "1 while the usage log cannot be written.", multiprocess_mode="livemax"
 )
 
+SHEDDING = Gauge(
+    "penstock_shedding", "1 while requests are refused because memory runs out.", multiprocess_mode="livemax"
+)
+CIRCUITS_OPEN = Gauge(
+    "penstock_circuits_open", "Providers that are left alone for a while.", multiprocess_mode="livemax"
+)
+
 
 def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage) -> None:
     _series(ATTEMPTS, provider, status).inc()
@@ -58,3 +65,5 @@ def weather(gateway: Gateway) -> None:
     CONFIG.set(gateway.watcher.snapshot.version)
     LIMITS_LOCAL.set(gateway.limits.local)
     SPOOL_TROUBLE.set(gateway.spool.problem is not None)
+    SHEDDING.set(gateway.overload.shedding)
+    CIRCUITS_OPEN.set(len(gateway.breakers.open()))

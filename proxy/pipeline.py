@@ -45,6 +45,7 @@ class Request(Protocol):
 async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
     """Serve one chat completion. Raises GatewayError or ProviderError, which the transport tells the caller."""
     caller = admit(gateway, request)
+    gateway.overload.check(gateway.registry.running)
     running = gateway.registry.enter(caller, request.id)
     try:
         async with gateway.limits.hold(

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from django.db import DatabaseError, InterfaceError, OperationalError, close_old_connections, connection
 from django.utils import timezone
@@ -20,7 +20,7 @@ from audit.changes import AuditUnavailable
 from audit.models import Head
 from providers.keyring import WrongEncryptionKey
 from providers.keys import note_undecryptable
-from providers.models import KeyUse, ProviderHealth
+from providers.models import KeyUse, ProviderHealth, Status
 from proxy import snapshot as snapshots
 from proxy import weather as weathers
 from proxy.snapshot import Snapshot
@@ -48,7 +48,9 @@ BUILD_ANSWER_SECONDS = 5.0
 class Watcher:
     """Holds the current `snapshot` and `weather`; both are replaced whole, so readers need no lock.
 
-    on_change: called in the watcher's thread after a new snapshot is there.
+    on_change: called in the watcher's thread after a new snapshot is there. swap: called there once a second, to exchange
+    with other workers what was seen. opened, recovered: which circuits are open, and since how many seconds; and whom to
+    tell that a probe has found such a provider well since.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -66,6 +68,9 @@ class Watcher:
         self.snapshot = Snapshot()
         self.weather = Weather()
         self.on_change: Callable[[], object] = lambda: None
+        self.swap: Callable[[], object] = lambda: None
+        self.opened: Callable[[], Mapping[int, float]] = dict
+        self.recovered: Callable[[int], object] = lambda provider_id: None
 
     # -- asked by requests -------------------------------------------------------------------------------------------
 
@@ -132,11 +137,24 @@ class Watcher:
                 self.weather = weathers.read()
                 self.read_only = _is_read_only()
                 self._weather_at = now
+                self._look_for_recoveries()
             # What was read is good, also where nothing can be written back.
             self.answered_at = self._clock()
             self._report()
         if weather_due:
             self._record_undecryptable()
+
+    def _look_for_recoveries(self) -> None:
+        opened = self.opened()
+        if not opened:
+            return
+        well = ProviderHealth.objects.filter(provider__in=opened, status=Status.ONLINE).exclude(
+            last_checked_at=None
+        )
+        now = timezone.now()
+        for provider_id, checked_at in well.values_list("provider_id", "last_checked_at"):
+            if checked_at is not None and (now - checked_at).total_seconds() < opened[provider_id]:
+                self.recovered(provider_id)
 
     def _report(self) -> None:
         """Write back what requests saw; what cannot be written is kept for the next look."""
@@ -172,7 +190,11 @@ class Watcher:
 
     def _run(self) -> None:
         failing = False
+        swapped_at = 0.0
         while not self._stop.wait(POLL_SECONDS):
+            if self._clock() - swapped_at >= WEATHER_SECONDS:
+                self.swap()
+                swapped_at = self._clock()
             try:
                 if connection.vendor != "sqlite":
                     close_old_connections()  # A file cannot move to another host, and opening it costs more than reading it.

@@ -244,7 +244,7 @@ def test_models_are_learnt_when_a_provider_comes_online(
     second(clock)
     assert not UpstreamModel.objects.exists()
     upstream.on("/models", None)
-    second(clock, 80)
+    second(clock, 40)
     assert set(server.upstream_models.values_list("name", flat=True)) == {"big", "tiny"}
     assert checks(server) == 2
 
