@@ -23,6 +23,7 @@ from proxy import keys
 from proxy.models import GatewayKey, GatewayKeyUse
 
 LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrency")
+REACH = ("allowed_models", "allowed_networks")
 
 
 class GatewayKeyForm(VersionedForm):
@@ -39,6 +40,8 @@ class GatewayKeyForm(VersionedForm):
             "owner": "Whose usage this is. The key stops working when this person's account is disabled.",
             "expires_at": "Empty: never.",
             **dict.fromkeys(LIMITS, "Empty: no limit."),
+            "resume_streams": "Whether another provider, or the same once more, goes on with a stream that broke. "
+            "Unknown: as the route or the active provider says. A request's header x-penstock-resume beats this.",
         }
 
 
@@ -56,7 +59,8 @@ class GatewayKeyAdmin(AuditedAdmin):
     fieldsets = (
         (None, {"fields": ("name", "owner", "enabled", "expires_at")}),
         ("Limits", {"fields": LIMITS}),
-        ("What it may reach, and from where", {"fields": ("allowed_models", "allowed_networks")}),
+        ("What it may reach, and from where", {"fields": REACH}),
+        ("When a stream breaks", {"fields": ("resume_streams",)}),
     )
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
@@ -68,7 +72,7 @@ class GatewayKeyAdmin(AuditedAdmin):
         """An operator issues, rotates and revokes; what is revoked stays as it was."""
         if obj is None or (may(request.user, "gateway_keys", "change") and obj.revoked_at is None):
             return ()
-        return ("name", "owner", "enabled", "expires_at", *LIMITS, "allowed_models", "allowed_networks")
+        return ("name", "owner", "enabled", "expires_at", *LIMITS, *REACH, "resume_streams")
 
     @admin.display(description="Key", ordering="key_id")
     def shown_key(self, key: GatewayKey) -> str:

@@ -58,8 +58,8 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         model = GatewayKey
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
-            "max_concurrency", "allowed_models", "allowed_networks", "expires_at", "revoked_at", "requests_count", "last_used_at",
-            "created_by", "created_at", "updated_at",
+            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", "requests_count",
+            "last_used_at", "created_by", "created_at", "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "created_by")
         validators: ClassVar[list[Any]] = []

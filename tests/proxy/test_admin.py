@@ -108,14 +108,28 @@ def test_a_revoked_key_is_visibly_so_and_stays_so(operator: User, owner: User) -
         assert client.post(reverse(f"admin:proxy_gatewaykey_{again}", args=[key.pk])).status_code == 404
 
 
+def test_whether_streams_are_resumed_is_chosen_in_the_form(owner: User) -> None:
+    client = logged_in(owner)
+    page = client.get(reverse("admin:proxy_gatewaykey_add")).content.decode()
+    assert "x-penstock-resume" in page
+    _, unsaid = issued(client, resume_streams="unknown")
+    _, never = issued(client, name="never", resume_streams="false")
+    assert (unsaid.resume_streams, never.resume_streams) == (None, False)
+    change = reverse("admin:proxy_gatewaykey_change", args=[never.pk])
+    client.post(change, {**ADD, "name": "never", "enabled": "on", "resume_streams": "true"})
+    never.refresh_from_db()
+    assert never.resume_streams is True
+
+
 def test_an_operator_does_not_change_the_limits_of_a_key(operator: User) -> None:
     client = logged_in(operator)
     _, key = issued(client)
     client.post(
-        reverse("admin:proxy_gatewaykey_change", args=[key.pk]), {**ADD, "name": "mine", "enabled": ""}
+        reverse("admin:proxy_gatewaykey_change", args=[key.pk]),
+        {**ADD, "name": "mine", "enabled": "", "resume_streams": "false"},
     )
     key.refresh_from_db()
-    assert (key.name, key.enabled) == ("shop", True)
+    assert (key.name, key.enabled, key.resume_streams) == ("shop", True, None)
 
 
 def test_usage_is_only_looked_at(owner: User) -> None:
