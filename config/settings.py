@@ -405,6 +405,7 @@ SPECTACULAR_SETTINGS = {
 
 # -- the data plane --------------------------------------------------------------------------------------------------
 
+DEFAULT_MAX_CONCURRENCY = env.whole("DEFAULT_MAX_CONCURRENCY", 50)
 MAX_REQUEST_BYTES = env.whole("MAX_REQUEST_BYTES", 10 * 1024 * 1024, least=1024, most=1024**3)
 TEST_TIMEOUT_SECONDS = env.seconds("TEST_TIMEOUT_SECONDS", 10)
 CONNECT_TIMEOUT_SECONDS = env.seconds("CONNECT_TIMEOUT_SECONDS", 5)

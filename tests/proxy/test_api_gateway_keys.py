@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from django.conf import LazySettings
 from django.contrib.auth.models import User
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
@@ -123,6 +124,25 @@ def test_a_viewer_who_is_a_member_reads_all_and_rotates_his_own(
     assert client.get(PATH).json()["count"] == 2
     assert client.post(f"{PATH}/{theirs['id']}/rotate").status_code == 404
     assert client.post(f"{PATH}/{mine['id']}/rotate").status_code == 200
+
+
+def test_a_key_made_without_a_word_about_it_runs_fifty_requests_at_once(operator: User) -> None:
+    client = as_(operator)
+    assert issue(client)["max_concurrency"] == 50
+    assert issue(client, name="free", max_concurrency=None)["max_concurrency"] is None
+    assert issue(client, name="wide", max_concurrency=500)["max_concurrency"] == 500
+
+
+def test_how_many_at_once_a_new_key_runs_is_a_setting(owner: User, settings: LazySettings) -> None:
+    client = as_(owner)
+    settings.DEFAULT_MAX_CONCURRENCY = 7
+    made = issue(client)
+    assert made["max_concurrency"] == 7
+    settings.DEFAULT_MAX_CONCURRENCY = 0
+    assert issue(client, name="free")["max_concurrency"] is None
+    path = f"{PATH}/{made['id']}"
+    assert client.patch(path, {"max_concurrency": None}).json()["max_concurrency"] is None
+    assert client.put(path, {"name": "app"}).json()["max_concurrency"] is None
 
 
 def test_whether_streams_are_resumed_is_said_here_and_reaches_requests(owner: User) -> None:
