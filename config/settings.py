@@ -405,6 +405,7 @@ SPECTACULAR_SETTINGS = {
 
 # -- the data plane --------------------------------------------------------------------------------------------------
 
+DEFAULT_MAX_CONCURRENCY = env.whole("DEFAULT_MAX_CONCURRENCY", 50)
 MAX_REQUEST_BYTES = env.whole("MAX_REQUEST_BYTES", 10 * 1024 * 1024, least=1024, most=1024**3)
 MAX_RUNNING_REQUESTS = env.whole("MAX_RUNNING_REQUESTS", 2000, least=1, most=1_000_000)
 MEMORY_LIMIT_BYTES = env.whole("MEMORY_LIMIT_BYTES", 0, least=0, most=2**50)

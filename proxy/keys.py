@@ -71,6 +71,11 @@ def give_secret(key: GatewayKey, secret: str | None = None) -> str:
     return compose(key.key_id, secret)
 
 
+def default_concurrency() -> int | None:
+    """Requests at the same time that a new key may run when whoever makes it says nothing about that; None is no limit."""
+    return settings.DEFAULT_MAX_CONCURRENCY or None
+
+
 def adopt(key: GatewayKey, whole: str) -> None:
     """Make `key` the key `whole`, chosen by the administrator. ValueError when it is not well-formed. Does not save."""
     parts = parse(whole)

@@ -178,6 +178,7 @@ def _caller(row: GatewayKey) -> Caller:
         requests_per_minute=row.requests_per_minute,
         tokens_per_minute=row.tokens_per_minute,
         max_concurrency=row.max_concurrency,
+        resume=row.resume_streams,
         allowed_models=tuple(_texts(row.allowed_models)),
         allowed_networks=tuple(ipaddress.ip_network(each) for each in _texts(row.allowed_networks)),
     )

@@ -23,6 +23,7 @@ from proxy import keys
 from proxy.models import GatewayKey, GatewayKeyUse
 
 LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrency")
+REACH = ("allowed_models", "allowed_networks")
 
 
 class GatewayKeyForm(VersionedForm):
@@ -39,7 +40,17 @@ class GatewayKeyForm(VersionedForm):
             "owner": "Whose usage this is. The key stops working when this person's account is disabled.",
             "expires_at": "Empty: never.",
             **dict.fromkeys(LIMITS, "Empty: no limit."),
+            "max_concurrency": "Requests at the same time. Empty: no limit.",
+            "resume_streams": "Whether another provider, or the same once more, goes on with a stream that broke. "
+            "Unknown: as the route or the active provider says. A request's header x-penstock-resume beats this.",
         }
+
+    def clean_max_concurrency(self) -> int | None:
+        """Emptied means no limit; a form that does not have the field at all gets what it would have been filled with."""
+        if self.instance.pk is None and self.add_prefix("max_concurrency") not in self.data:
+            return keys.default_concurrency()
+        found: int | None = self.cleaned_data["max_concurrency"]
+        return found
 
 
 @admin.register(GatewayKey)
@@ -56,7 +67,8 @@ class GatewayKeyAdmin(AuditedAdmin):
     fieldsets = (
         (None, {"fields": ("name", "owner", "enabled", "expires_at")}),
         ("Limits", {"fields": LIMITS}),
-        ("What it may reach, and from where", {"fields": ("allowed_models", "allowed_networks")}),
+        ("What it may reach, and from where", {"fields": REACH}),
+        ("When a stream breaks", {"fields": ("resume_streams",)}),
     )
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
@@ -64,11 +76,17 @@ class GatewayKeyAdmin(AuditedAdmin):
         sets = super().get_fieldsets(request, obj)
         return sets if obj is not None else ((None, {"fields": ("name", "owner", "expires_at")}), *sets[1:])
 
+    def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
+        return {
+            "max_concurrency": keys.default_concurrency(),
+            **super().get_changeform_initial_data(request),
+        }
+
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
         """An operator issues, rotates and revokes; what is revoked stays as it was."""
         if obj is None or (may(request.user, "gateway_keys", "change") and obj.revoked_at is None):
             return ()
-        return ("name", "owner", "enabled", "expires_at", *LIMITS, "allowed_models", "allowed_networks")
+        return ("name", "owner", "enabled", "expires_at", *LIMITS, *REACH, "resume_streams")
 
     @admin.display(description="Key", ordering="key_id")
     def shown_key(self, key: GatewayKey) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.contrib import admin
+from django.http import HttpRequest
+from django.urls import reverse
+from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 
 from audit.admin import ReadOnlyAdmin
 from providers.admin.badges import badge
+from proxy.admin.trace import way_of
 from proxy.models import UsageRecord
 
 COLOURS = {"success": "good", "error": "bad", "client_disconnected": "plain"}
@@ -31,10 +37,22 @@ class UsageRecordAdmin(ReadOnlyAdmin):
     search_fields = ("=request_id", "gateway_key", "model", "owner")
     search_help_text = "Search by request id, gateway key, model or owner"
     date_hierarchy = "created_at"
+    change_form_outer_before_template = "admin/proxy/way.html"
     fieldsets = (
         (
             "Request",
-            {"fields": ("request_id", "created_at", "gateway_key", "owner", "purpose", "stream", "attempt")},
+            {
+                "fields": (
+                    "request_id",
+                    "id",
+                    "created_at",
+                    "gateway_key",
+                    "owner",
+                    "purpose",
+                    "stream",
+                    "attempt",
+                )
+            },
         ),
         ("Where it went", {"fields": ("route", "requested_model", "provider", "model", "api_key_id")}),
         (
@@ -65,8 +83,14 @@ class UsageRecordAdmin(ReadOnlyAdmin):
                 )
             },
         ),
-        ("Attempts", {"classes": ("collapse",), "fields": ("id", "trace")}),
     )
+
+    def render_change_form(self, request: HttpRequest, context: Any, *args: Any, **kwargs: Any) -> Any:
+        record = kwargs.get("obj")
+        if record is not None:
+            others = f"{reverse('admin:proxy_usagerecord_changelist')}?{urlencode({'q': record.request_id})}"
+            context = {**context, "way": way_of(record.trace), "way_others": others}
+        return super().render_change_form(request, context, *args, **kwargs)
 
     @admin.display(description="Status", ordering="status")
     def ended(self, record: UsageRecord) -> SafeString:

@@ -58,11 +58,16 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         model = GatewayKey
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
-            "max_concurrency", "allowed_models", "allowed_networks", "expires_at", "revoked_at", "requests_count", "last_used_at",
-            "created_by", "created_at", "updated_at",
+            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", "requests_count",
+            "last_used_at", "created_by", "created_at", "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "created_by")
         validators: ClassVar[list[Any]] = []
+        extra_kwargs: ClassVar[Any] = {
+            "max_concurrency": {
+                "help_text": "Null: no limit. Left out of a new key: DEFAULT_MAX_CONCURRENCY, 50 unless set otherwise."
+            }
+        }
 
     def to_representation(self, key: GatewayKey) -> dict[str, Any]:
         if not hasattr(key, "use"):
@@ -71,6 +76,7 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         return super().to_representation(key)
 
     def create(self, values: dict[str, Any]) -> GatewayKey:
+        values.setdefault("max_concurrency", keys.default_concurrency())
         key = GatewayKey(**values, created_by=self.user.get_username())
         # Lives only on this object, for the one answer that shows it.
         key.whole = keys.give_secret(key)  # type: ignore[attr-defined]

@@ -39,6 +39,7 @@ class GatewayKey(Versioned):
     """A key that we issue. Its secret is kept only as an HMAC under a numbered pepper and was shown once.
 
     previous_*: the secret before the last rotation, good until `previous_until`.
+    resume_streams: whether a stream that broke is gone on with; None is as the route or the active provider says.
     """
 
     key_id = models.CharField(max_length=10, unique=True, editable=False)
@@ -63,6 +64,12 @@ class GatewayKey(Versioned):
     )
     allowed_networks = models.JSONField(
         default=list, blank=True, validators=[check_networks], help_text="Empty: from anywhere."
+    )
+    resume_streams = models.BooleanField(
+        "resume broken streams",
+        null=True,
+        blank=True,
+        help_text="Whether a stream that broke is gone on with. Null: as the route or the active provider says.",
     )
 
     class Meta:

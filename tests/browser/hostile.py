@@ -60,5 +60,14 @@ def _history(provider: Provider, text: str) -> None:
         model=text,
         status="error",
         error_code=text,
-        trace=[text],
+        trace={
+            "candidates": [text, f"{text}: {text}"],
+            "attempts": [_attempt(text)],
+            "usage_invalid": [text],
+        },
     )
+
+
+def _attempt(text: str) -> dict[str, str]:
+    names = ("to", "key", "outcome", "queue", "connect", "first_token", "total")
+    return dict.fromkeys(names, text)

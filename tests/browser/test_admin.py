@@ -51,6 +51,19 @@ PAGES = (
     "/admin/password_change/",
 )
 
+RECORD = "01990000-0000-7000-8000-000000000001"
+A_LONG_WAY = f"""
+from django.utils import timezone
+from proxy.models import UsageRecord
+name = 'box/org-' + 'long-name-' * 12
+times = dict.fromkeys(('queue', 'connect', 'first_token', 'total'), 1800000)
+attempt = {{'to': name, 'key': 'k' * 100, 'outcome': 'upstream_protocol_error', **times}}
+trace = {{'candidates': [name + ': down (' + 'x' * 80 + ')', name + ': taken'], 'attempts': [attempt] * 3}}
+row = {{'created_at': timezone.now(), 'status': 'error', 'attempt': 3, 'request_id': 'r-1', 'trace': trace}}
+UsageRecord.objects.get_or_create(id='{RECORD}', defaults=row)
+"""
+"""A usage record whose trace has the longest things that a trace may have."""
+
 HOSTILE = (
     "\"><img src=x onerror=alert(1)>'",
     "</script><script>alert(2)</script>",
@@ -142,10 +155,11 @@ def test_no_page_is_wider_than_the_screen_or_complains(
         "    route, made = ModelRoute.objects.get_or_create(name='fast', mode='specific')\n"
         "    echo = Provider.objects.get(slug='echo')\n"
         "    RouteNode.objects.get_or_create(route=route, position=0, provider=echo, models=['org/' + 'long-name-' * 12])\n"
+        f"{A_LONG_WAY}"
     )
     with visit(gateway, width=width, dark=dark) as (page, trouble):
         wide = []
-        for address in PAGES:
+        for address in (*PAGES, f"/admin/proxy/usagerecord/{RECORD}/change/"):
             page.goto(address)
             if page.evaluate("document.documentElement.scrollWidth") > width:
                 wide.append(address)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,20 @@ def test_every_metric_of_ours_is_documented_and_no_other() -> None:
         re.findall(r"^\| `((?:penstock|credential)_\w+)` \|", page("docs/operations.md"), re.MULTILINE)
     )
     assert documented == ours
+
+
+def test_the_numbers_of_failing_providers_are_those_of_the_code() -> None:
+    part = page("docs/operations.md").partition("## Providers that fail")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| .+ \| (.+) \| `(\w+)\.([\w.]+)` \|$", part, re.MULTILINE)
+    assert len(rows) == len(re.findall(r"^\| ", part, re.MULTILINE)) - 2
+    for told, module, name in rows:
+        value = attrgetter(name)(import_module(f"proxy.{module}"))
+        values = value if isinstance(value, tuple) else (value,)
+        assert [float(number) for number in re.findall(r"[\d.]+", told)] == [*values], name
+
+
+def test_the_table_of_what_carries_a_request_names_files_that_exist() -> None:
+    part = page("docs/architecture.md").partition("What carries a request")[2].partition("\n## ")[0]
+    names = {name for row in re.findall(r"^\| (`.+?) \|", part, re.MULTILINE) for name in row.split(", ")}
+    assert {name for name in names if not (ROOT / "proxy" / name.strip("`")).is_file()} == set()
+    assert len(names) > 5

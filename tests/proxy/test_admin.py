@@ -108,14 +108,56 @@ def test_a_revoked_key_is_visibly_so_and_stays_so(operator: User, owner: User) -
         assert client.post(reverse(f"admin:proxy_gatewaykey_{again}", args=[key.pk])).status_code == 404
 
 
+def test_the_form_of_a_new_key_is_filled_with_fifty_requests_at_once(
+    owner: User, settings: LazySettings
+) -> None:
+    client = logged_in(owner)
+
+    def filled_with() -> Any:
+        form = client.get(reverse("admin:proxy_gatewaykey_add")).context["adminform"].form
+        return form["max_concurrency"].value()
+
+    assert filled_with() == 50
+    assert issued(client)[1].max_concurrency == 50
+    assert issued(client, name="free", max_concurrency="")[1].max_concurrency is None
+    assert issued(client, name="wide", max_concurrency="500")[1].max_concurrency == 500
+    settings.DEFAULT_MAX_CONCURRENCY = 7
+    assert filled_with() == 7
+    settings.DEFAULT_MAX_CONCURRENCY = 0
+    assert filled_with() is None
+
+
+def test_a_key_that_is_changed_is_not_given_a_limit_that_it_did_not_have(owner: User) -> None:
+    client = logged_in(owner)
+    _, key = issued(client, max_concurrency="")
+    change = reverse("admin:proxy_gatewaykey_change", args=[key.pk])
+    assert client.get(change).context["adminform"].form["max_concurrency"].value() is None
+    client.post(change, {**ADD, "name": "shop window", "enabled": "on"})
+    assert GatewayKey.objects.filter(name="shop window", max_concurrency=None).exists()
+
+
+def test_whether_streams_are_resumed_is_chosen_in_the_form(owner: User) -> None:
+    client = logged_in(owner)
+    page = client.get(reverse("admin:proxy_gatewaykey_add")).content.decode()
+    assert "x-penstock-resume" in page
+    _, unsaid = issued(client, resume_streams="unknown")
+    _, never = issued(client, name="never", resume_streams="false")
+    assert (unsaid.resume_streams, never.resume_streams) == (None, False)
+    change = reverse("admin:proxy_gatewaykey_change", args=[never.pk])
+    client.post(change, {**ADD, "name": "never", "enabled": "on", "resume_streams": "true"})
+    never.refresh_from_db()
+    assert never.resume_streams is True
+
+
 def test_an_operator_does_not_change_the_limits_of_a_key(operator: User) -> None:
     client = logged_in(operator)
     _, key = issued(client)
     client.post(
-        reverse("admin:proxy_gatewaykey_change", args=[key.pk]), {**ADD, "name": "mine", "enabled": ""}
+        reverse("admin:proxy_gatewaykey_change", args=[key.pk]),
+        {**ADD, "name": "mine", "enabled": "", "resume_streams": "false"},
     )
     key.refresh_from_db()
-    assert (key.name, key.enabled) == ("shop", True)
+    assert (key.name, key.enabled, key.resume_streams) == ("shop", True, None)
 
 
 def test_usage_is_only_looked_at(owner: User) -> None:
@@ -169,6 +211,7 @@ def test_the_first_run_makes_what_is_missing_and_the_second_nothing(fresh: LazyS
     assert admin.is_superuser
     assert admin.check_password(answer["password"])
     assert keys.parse(answer["gateway_key"]) is not None
+    assert GatewayKey.objects.get().max_concurrency is None
     assert not Provider.objects.get(slug="echo").active_targets.exists()
     assert first_run() == {"username": "admin", "password": None, "gateway_key": None, "created": []}
 
@@ -229,6 +272,12 @@ def test_a_key_is_issued_from_the_command_line(db: None, stranger: User) -> None
     key = GatewayKey.objects.get()
     assert (key.name, key.owner, key.key_id) == ("cron", stranger, parts.key_id)
     assert Entry.objects.get(action="add_gateway_key").via == "command"
+    assert GatewayKey.objects.filter(name="cron", max_concurrency=None).exists()
+    call_command("issue_key", "batch", "--max-concurrency", "3", stdout=out)
+    assert GatewayKey.objects.get(name="batch").max_concurrency == 3
+    for wrong in ("0", "many"):
+        with pytest.raises(CommandError):
+            call_command("issue_key", "wrong", "--max-concurrency", wrong)
     with pytest.raises(CommandError):
         call_command("issue_key", "cron")
     with pytest.raises(CommandError, match="no user nobody"):

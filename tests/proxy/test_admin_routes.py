@@ -92,6 +92,14 @@ def test_a_route_is_made_with_its_nodes_in_one_recorded_change(operator: User, s
     assert entry.changes["nodes.0.weight"] == [None, 3]
 
 
+@pytest.mark.parametrize(("chosen", "kept"), [("unknown", None), ("true", True), ("false", False)])
+def test_whether_a_route_resumes_streams_is_chosen_in_its_form(
+    operator: User, servers: list[Server], chosen: str, kept: bool | None
+) -> None:
+    route = made(logged_in(operator), {"provider": servers[0].pk}, resume=chosen)
+    assert route.resume is kept
+
+
 def test_nodes_change_places_and_go(operator: User, servers: list[Server]) -> None:
     client = logged_in(operator)
     route = made(client, *({"provider": server.pk} for server in servers))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from django.conf import LazySettings
 from django.contrib.auth.models import User
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
@@ -16,6 +17,7 @@ from audit.changes import changes
 from audit.models import Entry
 from proxy import keys
 from proxy.models import GatewayKey
+from proxy.snapshot import build
 from tests.support.api import V1, as_, error
 
 pytestmark = pytest.mark.django_db
@@ -124,12 +126,44 @@ def test_a_viewer_who_is_a_member_reads_all_and_rotates_his_own(
     assert client.post(f"{PATH}/{mine['id']}/rotate").status_code == 200
 
 
+def test_a_key_made_without_a_word_about_it_runs_fifty_requests_at_once(operator: User) -> None:
+    client = as_(operator)
+    assert issue(client)["max_concurrency"] == 50
+    assert issue(client, name="free", max_concurrency=None)["max_concurrency"] is None
+    assert issue(client, name="wide", max_concurrency=500)["max_concurrency"] == 500
+
+
+def test_how_many_at_once_a_new_key_runs_is_a_setting(owner: User, settings: LazySettings) -> None:
+    client = as_(owner)
+    settings.DEFAULT_MAX_CONCURRENCY = 7
+    made = issue(client)
+    assert made["max_concurrency"] == 7
+    settings.DEFAULT_MAX_CONCURRENCY = 0
+    assert issue(client, name="free")["max_concurrency"] is None
+    path = f"{PATH}/{made['id']}"
+    assert client.patch(path, {"max_concurrency": None}).json()["max_concurrency"] is None
+    assert client.put(path, {"name": "app"}).json()["max_concurrency"] is None
+
+
+def test_whether_streams_are_resumed_is_said_here_and_reaches_requests(owner: User) -> None:
+    client = as_(owner)
+    made = issue(client)
+    path = f"{PATH}/{made['id']}"
+    key_id = GatewayKey.objects.get().key_id
+    assert (made["resume_streams"], build().callers[key_id].resume) == (None, None)
+
+    for switch in (False, True, None):
+        assert client.patch(path, {"resume_streams": switch}).json()["resume_streams"] is switch
+        assert build().callers[key_id].resume is switch
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("name", ""), ("name", None), ("owner", "nobody"), ("owner", True), ("owner", 10**30), ("requests_per_minute", 0),
         ("requests_per_minute", "many"), ("tokens_per_minute", 10**12), ("allowed_models", "gpt"), ("allowed_models", [1]),
         ("allowed_networks", ["300.1.1.1"]), ("expires_at", "tomorrow"), ("key", "pen_live_x"), ("last4", "abcd"), ("colour", 1),
+        ("resume_streams", "perhaps"), ("resume_streams", []),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_under_its_field(operator: User, field: str, value: object) -> None:

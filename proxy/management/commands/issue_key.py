@@ -20,9 +20,16 @@ class Command(BaseCommand):
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("name", help="who or what will use it")
         parser.add_argument("--owner", help="the user whose usage this is")
+        parser.add_argument(
+            "--max-concurrency", type=int, metavar="N", help="requests at the same time; no limit if left out"
+        )
 
     def handle(self, *args: Any, name: str, owner: str | None, **options: Any) -> None:
-        key = GatewayKey(name=name, owner=_user(owner) if owner else None)
+        key = GatewayKey(
+            name=name,
+            owner=_user(owner) if owner else None,
+            max_concurrency=options["max_concurrency"],
+        )
         whole = keys.give_secret(key)
         try:
             with changes(actor=None, via="command"):
