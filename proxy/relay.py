@@ -7,13 +7,12 @@ stream, once, and nothing is made up.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from providers import upstream
-from providers.errors import Interrupted, ProtocolError, ProviderError, Stalled, UpstreamTimeout
+from providers.errors import Interrupted, ProtocolError, ProviderError, Stalled
 from providers.upstream import Reply
 from providers.wire import Chat
 from proxy.attempts import Attempt, Call
@@ -81,17 +80,14 @@ async def _next(journey: Journey, sink: Sink, resumption: Resumption | None) -> 
 
 async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
     """A whole answer: nothing is forwarded before all of it is there and recorded."""
-    candidate, chat = attempt.candidate, _chat(attempt.candidate)
-    try:
-        async with asyncio.timeout(candidate.upstream.endpoint.timeouts.request):
-            reply = await _dial(gateway, attempt, attempt.call.chat.body)
-            try:
-                await _judge(reply, attempt)
-                body = await upstream.read_bounded(reply, MAX_PLAIN_BYTES)
-            finally:
-                reply.close()
-    except TimeoutError as error:
-        raise UpstreamTimeout from error
+    chat, limit = _chat(attempt.candidate), attempt.candidate.upstream.endpoint.timeouts.request
+    with Patience(first=limit, idle=limit, total=limit, keep_alive=sink.keep_alive):
+        reply = await _dial(gateway, attempt, attempt.call.chat.body)
+        try:
+            await _judge(reply, attempt)
+            body = await upstream.read_bounded(reply, MAX_PLAIN_BYTES)
+        finally:
+            reply.close()
     attempt.usage = chat.read_completion(body).usage
     attempt.bytes_out = len(body)
     attempt.settle("success", http_status=reply.status)
@@ -107,11 +103,13 @@ async def _stream(gateway: Gateway, attempt: Attempt, sink: Sink, resumption: Re
         keep_alive=sink.keep_alive, committed=sink.begun,
     )  # fmt: skip
     try:
-        async with patience.scope():
+        with patience:
             reply = await _dial(gateway, attempt, body)
             try:
                 await _judge(reply, attempt, stream=True)
                 await _pump(reply, reader, attempt, sink, patience, resumption)
+                if not reader.done:
+                    await _ending(reply, reader, patience)
             finally:
                 reply.close()
     finally:
@@ -164,18 +162,14 @@ async def _pump(
         reader.ended()
     if reader.failure is not None:
         raise _in_stream(reader.failure) if sink.begun and reader.begun else reader.failure
-    if not reader.done:
-        await _ending(reply, reader)
 
 
-async def _ending(reply: Reply, reader: AnswerReader) -> None:
+async def _ending(reply: Reply, reader: AnswerReader, patience: Patience) -> None:
     """Whatever follows the finish reason, the stream is complete: usage and `[DONE]` are welcome, nothing else matters."""
-    try:
-        async with asyncio.timeout(ENDING_SECONDS):
-            while not reader.done and (data := await reply.read()):
-                reader.feed(data)
-    except (TimeoutError, ProviderError):
-        return
+    patience.finishing(ENDING_SECONDS)
+    with contextlib.suppress(ProviderError):
+        while not reader.done and (data := await reply.read()):
+            reader.feed(data)
 
 
 async def _dial(gateway: Gateway, attempt: Attempt, body: Mapping[str, Any]) -> Reply:
