@@ -158,7 +158,7 @@ def record(provider_id: int, reading: Reading, *, now: datetime) -> ProviderHeal
     """
     for _ in range(_PATIENCE):
         health = _row(provider_id)
-        if health is None or (health.last_checked_at is not None and health.last_checked_at >= now):
+        if health is None or _is_newer(health, now):
             return None
         before = health.health_status
         changes = _after_probe(health, reading, now)
@@ -211,6 +211,11 @@ def ensure_rows() -> None:
     missing = Provider.objects.filter(health=None).values_list("pk", flat=True)
     rows = [ProviderHealth(provider_id=pk, next_probe_at=LONG_AGO) for pk in missing]
     ProviderHealth.objects.bulk_create(rows, ignore_conflicts=True)
+
+
+def _is_newer(health: ProviderHealth, now: datetime) -> bool:
+    """Whether a probe that began after `now` was noted already; one from the future was begun before the clock was set back."""
+    return health.last_checked_at is not None and now <= health.last_checked_at <= timezone.now()
 
 
 def _row(provider_id: int) -> ProviderHealth | None:

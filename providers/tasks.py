@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from celery import shared_task
 from django.conf import settings
 from django.db import IntegrityError, transaction
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.utils import timezone
 
 from audit.changes import changes
@@ -46,6 +46,8 @@ SPACING = timedelta(seconds=1)
 CANDIDATES = 2000
 HISTORY = timedelta(days=7)
 KEEP_TICKS = 300
+LATEST_TICK = 5
+"""By how many seconds the clocks of two machines may differ before one of them is taken for wrong."""
 KEEP_RUNS = timedelta(days=2)
 """Longer than the tick of any job lasts, the longest being a day."""
 MODELS_SECONDS = 3600
@@ -57,6 +59,8 @@ def probe_due() -> None:
     """Probe the providers that are due, unless somebody does it already."""
     tick = int(time.time())
     if not take(PROBE_JOB, tick):
+        # Somebody has it, or had it before the clock was set back: then the ticks to come are free again (F35).
+        JobRun.objects.filter(name=PROBE_JOB, tick__gt=tick + LATEST_TICK).delete()
         return
     if tick % 60 == 0:
         JobRun.objects.filter(name=PROBE_JOB, tick__lt=tick - KEEP_TICKS).delete()
@@ -107,7 +111,8 @@ def _begin_run() -> datetime | None:
     now = timezone.now()
     if take(RUN, 0):
         return JobRun.objects.filter(name=RUN, tick=0).values_list("started_at", flat=True).first()
-    overtaken = JobRun.objects.filter(name=RUN, tick=0, started_at__lt=now - LEASE).update(started_at=now)
+    dead = Q(started_at__lt=now - LEASE) | Q(started_at__gt=now + LEASE)
+    overtaken = JobRun.objects.filter(dead, name=RUN, tick=0).update(started_at=now)
     return now if overtaken else None
 
 
@@ -138,7 +143,9 @@ def _run() -> None:
 
 
 def _due(now: datetime) -> QuerySet[ProviderHealth]:
-    return ProviderHealth.objects.filter(provider__enabled=True, next_probe_at__lte=now)
+    """Also those that were asked in the future: the clock was set back since, and nothing would be due for as long (F35)."""
+    due = Q(next_probe_at__lte=now) | Q(last_checked_at__gt=now + LEASE)
+    return ProviderHealth.objects.filter(due, provider__enabled=True)
 
 
 def _claim(limit: int) -> list[Claimed]:
@@ -170,7 +177,9 @@ def _host(base_url: str) -> str:
 
 
 def _recently_asked(now: datetime) -> QuerySet[Provider, str]:
-    rows = Provider.objects.filter(health__last_checked_at__gt=now - SPACING)
+    rows = Provider.objects.filter(
+        health__last_checked_at__gt=now - SPACING, health__last_checked_at__lte=now
+    )
     return rows.values_list("base_url", flat=True)
 
 

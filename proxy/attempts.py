@@ -119,6 +119,7 @@ class Attempt:
         """Write the final record. Never raises and never waits: the spool keeps what the disk refuses."""
         self.settled = True
         usage, source = self.counted()
+        total = self.elapsed_ms()
         record: Final = {
             "id": self.id,
             "status": status,
@@ -131,17 +132,17 @@ class Attempt:
             "reasoning_tokens": usage.reasoning,
             "tokens_source": source,
             "ttft_ms": self.ttft_ms,
-            "duration_ms": self.elapsed_ms(),
+            "duration_ms": total,
             "bytes_out": self.bytes_out,
             "client_disconnected": client_disconnected,
-            "trace": self._trace(error_code or status),
+            "trace": self._trace(error_code or status, total),
         }
         self.spool.finish(record)
         if self.accepted:
             self.call.held.correct(usage.prompt + usage.completion)
         metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage)
 
-    def _trace(self, outcome: str) -> dict[str, Any]:
+    def _trace(self, outcome: str, total: int) -> dict[str, Any]:
         """Why it went there: the candidates as they stood, and each attempt so far with its times in ms.
 
         queue: from the request's arrival to this dial; connect: until there was a connection; first_token, total: from the dial.
@@ -155,7 +156,7 @@ class Attempt:
                 "queue": round((self.began - call.running.started) * 1000),
                 "connect": None if dialled is None else round((dialled - self.began) * 1000),
                 "first_token": self.ttft_ms,
-                "total": self.elapsed_ms(),
+                "total": total,
             }
         )
         return {"candidates": call.plan.trace, "attempts": call.journal}

@@ -237,6 +237,30 @@ def test_one_provider_that_hangs_does_not_keep_the_others_from_being_seen(
     assert ProviderHealth.objects.get(pk=server.pk).status == "online"
 
 
+@pytest.mark.parametrize("seconds", [90, 3600])
+def test_f35_a_clock_that_is_set_back_does_not_stop_the_probes(
+    server: Provider, clock: Travel, seconds: int
+) -> None:
+    second(clock, 5)
+    before = checks(server)
+    clock.shift(-seconds)
+    second(clock, 10)
+    assert checks(server) == before + 1
+    assert ProviderHealth.objects.get(provider=server).last_checked_at <= timezone.now()  # type: ignore[operator]  # it was just asked
+    second(clock, 75)
+    assert checks(server) == before + 2
+
+
+def test_f35_a_clock_that_is_set_forward_makes_one_probe_and_no_catch_up(
+    server: Provider, clock: Travel
+) -> None:
+    second(clock)
+    before = checks(server)
+    clock.shift(3600)
+    second(clock, 10)
+    assert checks(server) == before + 1
+
+
 def test_models_are_learnt_when_a_provider_comes_online(
     server: Provider, clock: Travel, upstream: Upstream
 ) -> None:
