@@ -53,9 +53,10 @@ def usage_rows(gateway: Gateway) -> list[dict[str, Any]]:
 
 
 def settled_usage_rows(
-    gateway: Gateway, *, seconds: float = 30.0, quiet: float = 2.5
+    gateway: Gateway, *, seconds: float = 30.0, quiet: float = 7.0
 ) -> list[dict[str, Any]]:
-    """The same, once no new record has come for `quiet` seconds (the drainer looks once a second)."""
+    """The same, once no new record has come for `quiet` seconds (a worker closes a segment every five, and the drainer looks
+    once a second)."""
     deadline = time.monotonic() + seconds
     rows, since = usage_rows(gateway), time.monotonic()
     while not rows or time.monotonic() - since < quiet:
