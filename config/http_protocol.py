@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # A body must bring this much within ``Limits.body_seconds``, or end: one byte now and then is not progress.
 BODY_PROGRESS_BYTES = 4096
+# With more than this unsent, the application waits until its reader has taken most of it (F16).
+WRITE_BYTES = 32 * 1024
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -113,6 +115,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As in uvicorn.
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_BYTES)
         self.write = self._pass_head  # type: ignore[method-assign]  # No check for every chunk: see there.
 
     def connection_lost(self, exc: Exception | None) -> None:
