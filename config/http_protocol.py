@@ -71,10 +71,11 @@ class HttpProtocol(HttpToolsProtocol):
         return self._lingering or self.transport.is_closing()
 
     def close(self) -> None:
-        """Close after what was written; linger where unread bytes would reset the connection under the answer."""
+        """Close after what was written; linger where what is unread, or comes in the meantime, would make it a reset."""
         self._flush_head()
         running = self._running
-        if self._refused is not None or self.pipeline or (running is not None and running.more_body):
+        unexpected = running is not None and (running.more_body or "close" in running.scope["state"])
+        if self._refused is not None or self.pipeline or unexpected:
             self._linger()
         else:
             self.transport.close()
