@@ -48,13 +48,19 @@ class Socket:
         self.open = True
 
     async def frame(self, **content: Any) -> None:
-        if self.open:
+        if not self.open:
+            return
+        try:
             await self._send({"type": "websocket.send", "text": orjson.dumps(content).decode()})
+        except OSError:
+            # The peer has just left. The one who receives is told so too, and ends what still runs.
+            self.open = False
 
     async def close(self, code: int) -> None:
         if self.open:
             self.open = False
-            await self._send({"type": "websocket.close", "code": code})
+            with contextlib.suppress(OSError):
+                await self._send({"type": "websocket.close", "code": code})
 
 
 class FrameSink:

@@ -14,6 +14,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from proxy.consumers.websocket import Socket
 from tests.support import answers, faults, prefill
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
@@ -210,6 +211,20 @@ def test_leaving_stops_every_request_of_the_socket(pair: House, upstream: Upstre
         socket.recv(timeout=5)
     upstream.ledger.wait_for(lambda ledger: all(r.closed_by_peer_at for r in ledger.asked), timeout=2)
     assert {record["status"] for record in pair.records(2)} == {"client_disconnected"}
+
+
+async def test_a_peer_that_leaves_under_a_frame_is_no_failure_of_the_request() -> None:
+    sent = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message["type"])
+        raise OSError("as servers say that nobody is there")
+
+    socket = Socket(send)
+    await socket.frame(id="r1", type="chunk")
+    await socket.frame(id="r1", type="chunk")
+    await socket.close(1012)
+    assert sent == ["websocket.send"]
 
 
 def test_a_broken_stream_is_an_error_frame(pair: House, upstream: Upstream) -> None:
