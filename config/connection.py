@@ -90,8 +90,34 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._application, self.app = self.app, self._serve
         self._since = 0.0
         self._unsent = 0
+
+    async def _serve(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._application(scope, receive, send)
+        # uvicorn takes a handshake that was refused with a body for one that was forgotten, and logs an error.
+        self.handshake_complete = self.handshake_complete or self.close_sent
+
+    def handle_parser_exception(self) -> None:
+        """Say what was wrong with a frame, and linger: what is still being sent would reset the connection under the answer."""
+        if self.close_sent:
+            return
+        closed = self.conn.close_sent
+        assert closed is not None
+        self.close_sent = True
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": closed.code, "reason": closed.reason})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.transport.write_eof()
+        self.read_paused = False
+        self.transport.resume_reading()
+        # With a timer running, uvicorn does not close when the application has ended.
+        self.close_timer = self.loop.call_later(self.config.limits.linger_seconds, self.transport.close)
+
+    def keepalive_timeout(self) -> None:
+        """Who answered no ping will hardly take what is still unsent, so it is not waited for as in other endings."""
+        super().keepalive_timeout()
+        self.loop.call_later(self.config.limits.linger_seconds, self.transport.abort)
 
     def expire(self, now: float) -> None:
         """See ``HttpProtocol.expire``; who reads but does not speak is found by uvicorn's pings."""

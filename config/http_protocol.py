@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # A body must bring this much within ``Limits.body_seconds``, or end: one byte now and then is not progress.
 BODY_PROGRESS_BYTES = 4096
+# With more than this unsent, the application waits until its reader has taken most of it (F16).
+WRITE_BYTES = 32 * 1024
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -69,10 +71,11 @@ class HttpProtocol(HttpToolsProtocol):
         return self._lingering or self.transport.is_closing()
 
     def close(self) -> None:
-        """Close after what was written; linger where unread bytes would reset the connection under the answer."""
+        """Close after what was written; linger where what is unread, or comes in the meantime, would make it a reset."""
         self._flush_head()
         running = self._running
-        if self._refused is not None or self.pipeline or (running is not None and running.more_body):
+        unexpected = running is not None and (running.more_body or "close" in running.scope["state"])
+        if self._refused is not None or self.pipeline or unexpected:
             self._linger()
         else:
             self.transport.close()
@@ -113,6 +116,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # As in uvicorn.
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=WRITE_BYTES)
         self.write = self._pass_head  # type: ignore[method-assign]  # No check for every chunk: see there.
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -39,6 +39,10 @@ MAX_HEADER_LINE = 16_384
 MAX_HEADERS = 128
 MAX_INFORMATIONAL = 16
 """1xx answers before the real one; more are a flood (F06)."""
+READ_BYTES = 64 * 1024
+"""Of an answer at most are read from a connection at once."""
+READ_BUFFER = 16 * 1024
+"""While so many bytes wait to be taken, a connection is read from; from twice as many on it is not."""
 USER_AGENT = "Penstock"
 
 # Not the loop's own executor: a name server that hangs may use up these threads and no others.
@@ -158,8 +162,41 @@ class Dial:
 DIAL: ContextVar[Dial] = ContextVar("dial")
 
 
+class _Portions(asyncio.BufferedProtocol):
+    """Stands between a connection and aiohttp's protocol, so that one read of the socket brings at most READ_BYTES.
+
+    The loop by itself reads a quarter of a megabyte at once, all of which is kept for a caller who takes nothing (F16).
+    `portion` is one for all connections: what was read into it is handed on before anything else is read.
+    """
+
+    def __init__(self, protocol: asyncio.Protocol, portion: memoryview) -> None:
+        self._portion = portion
+        self._take = protocol.data_received
+        for name in ("connection_lost", "eof_received", "pause_writing", "resume_writing"):
+            setattr(self, name, getattr(protocol, name))
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._portion
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._take(self._portion[:nbytes].tobytes())
+
+
+def _read_in_portions(protocol: asyncio.Protocol, transport: Any, portion: memoryview) -> None:
+    """Have a new connection read no more at once than `portion` holds; with TLS, keep no more than that undecrypted."""
+    transport.pause_reading()
+    transport.set_protocol(_Portions(protocol, portion))
+    if transport.get_extra_info("sslcontext") is not None:
+        transport.set_read_buffer_limits(high=READ_BYTES)
+    transport.resume_reading()
+
+
 class _NotingConnector(aiohttp.TCPConnector):
     """Tells `DIAL` when it hands out a connection that has served before. aiohttp's own tracing would cost a tenth of a request."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._portion = memoryview(bytearray(READ_BYTES))
 
     async def connect(self, *args: Any, **kwargs: Any) -> Connection:
         connection = await super().connect(*args, **kwargs)
@@ -167,6 +204,8 @@ class _NotingConnector(aiohttp.TCPConnector):
         dial.connected = time.monotonic()
         if getattr(protocol, "served_before", False):
             dial.reused = True
+        elif protocol.transport is not None:
+            _read_in_portions(protocol, protocol.transport, self._portion)
         protocol.served_before = True
         return connection
 
@@ -189,6 +228,7 @@ def data_plane_session(policy: Policy, ca_pem: str = "", *, pooled: bool = True)
         auto_decompress=False,
         raise_for_status=False,
         response_class=_BoundedResponse,
+        read_bufsize=READ_BUFFER,
         max_line_size=MAX_HEADER_LINE,
         max_field_size=MAX_HEADER_LINE,
         max_headers=MAX_HEADERS,

@@ -8,7 +8,7 @@ from typing import Any
 from django.urls import URLPattern, re_path
 
 from proxy.consumers.http import ChatConsumer, ModelsConsumer, NothingConsumer
-from proxy.consumers.websocket import ChatSocket
+from proxy.consumers.websocket import ChatSocket, NothingSocket
 from proxy.gateway import Gateway
 
 # Under /api/v1 the control plane has its own paths, so only the data plane's are named there.
@@ -28,4 +28,9 @@ def http_routes(gateway: Gateway, control_plane: Callable[..., Any]) -> list[URL
 
 
 def websocket_routes(gateway: Gateway) -> list[URLPattern]:
-    return [re_path(r"^(?:(?:api/)?v1/)?ws/chat/?$", ChatSocket.as_asgi(gateway=gateway))]
+    return [
+        re_path(r"^(?:(?:api/)?v1/)?ws/chat/?$", ChatSocket.as_asgi(gateway=gateway)),
+        re_path(r"^(?:api/)?v1(?:/.*)?$", NothingSocket.as_asgi(gateway=gateway)),
+        # The control plane has no sockets, and asks nobody for a gateway key.
+        re_path(r"", NothingSocket.as_asgi()),
+    ]

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from proxy.auth import Caller
-from proxy.errors import GatewayError, KeyRevoked, ShuttingDown
+from proxy.errors import ConcurrencyLimited, GatewayError, KeyRevoked, ShuttingDown
+
+MAX_SOCKETS = 1000
+"""Of one key at the same time in this process, whether anything runs on them or not (R38)."""
 
 Ending = Literal["client_left", "key_revoked", "server_shutting_down"]
 ENDINGS: dict[str, type[GatewayError]] = {"key_revoked": KeyRevoked, "server_shutting_down": ShuttingDown}
@@ -53,6 +58,7 @@ class Registry:
     def __init__(self) -> None:
         self._running: set[Running] = set()
         self._listeners: set[Listener] = set()
+        self._sockets: Counter[int] = Counter()
         self.draining = False
 
     @property
@@ -70,14 +76,24 @@ class Registry:
     def leave(self, running: Running) -> None:
         self._running.discard(running)
 
-    def listen(self, caller: Caller, end: Callable[[GatewayError], None]) -> Listener:
-        """Have `end` called when the key is revoked or the server stops: for sockets, which stay when nothing runs."""
-        listener = Listener(caller, end)
-        self._listeners.add(listener)
-        return listener
+    @contextmanager
+    def listening(self, caller: Caller, end: Callable[[GatewayError], None]) -> Iterator[None]:
+        """Have `end` called when the key is revoked or the server stops: for sockets, which stay when nothing runs.
 
-    def unlisten(self, listener: Listener) -> None:
-        self._listeners.discard(listener)
+        Raises ConcurrencyLimited when the key has MAX_SOCKETS of them here.
+        """
+        if self._sockets[caller.id] >= MAX_SOCKETS:
+            raise ConcurrencyLimited("This key has reached its limit of open sockets.")
+        listener = Listener(caller, end)
+        self._sockets[caller.id] += 1
+        self._listeners.add(listener)
+        try:
+            yield
+        finally:
+            self._listeners.discard(listener)
+            self._sockets[caller.id] -= 1
+            if not self._sockets[caller.id]:
+                del self._sockets[caller.id]
 
     def start(self) -> None:
         """Shutdown begins: readiness goes off."""

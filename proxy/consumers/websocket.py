@@ -17,12 +17,14 @@ from channels.consumer import AsyncConsumer
 from audit.middleware import request_id_from
 from audit.strict_json import StrictJSONError, loads
 from providers import sse
+from providers.adapters.openai import read_event
 from providers.errors import ProviderError
+from providers.wire import Usage
 from proxy import auth, pipeline
 from proxy.attempts import Attempt
-from proxy.consumers.http import JSON, Receive, Scope, Send
+from proxy.consumers.http import JSON, Receive, Scope, Send, retry_after
 from proxy.dialects import openai
-from proxy.errors import GatewayError, InvalidRequest, KeyRevoked, ShuttingDown
+from proxy.errors import GatewayError, InvalidRequest, KeyRevoked, NotFound, ShuttingDown
 from proxy.gateway import Gateway
 from proxy.inflight import Running
 
@@ -46,35 +48,69 @@ class Socket:
         self.open = True
 
     async def frame(self, **content: Any) -> None:
-        if self.open:
+        if not self.open:
+            return
+        try:
             await self._send({"type": "websocket.send", "text": orjson.dumps(content).decode()})
+        except OSError:
+            # The peer has just left. The one who receives is told so too, and ends what still runs.
+            self.open = False
 
     async def close(self, code: int) -> None:
         if self.open:
             self.open = False
-            await self._send({"type": "websocket.close", "code": code})
+            with contextlib.suppress(OSError):
+                await self._send({"type": "websocket.close", "code": code})
 
 
 class FrameSink:
-    """An answer as frames: a chunk for each event, then `done` with the usage."""
+    """An answer as frames: a chunk for each event, then `done` with the usage.
 
-    def __init__(self, socket: Socket, id: str) -> None:
+    wants_usage: whether the caller asked for the chunk that has nothing but the usage. It always comes, for the sake of `done`.
+    """
+
+    def __init__(self, socket: Socket, id: str, *, wants_usage: bool) -> None:
         self._socket = socket
         self._id = id
-        self.attempt: Attempt | None = None
+        self._wants_usage = wants_usage
+        self._attempt: Attempt | None = None
+        self._usage: Usage | None = None
+        self._tokens = 0
         self.begun = False
 
     async def begin(self, attempt: Attempt) -> None:
-        self.begun, self.attempt = True, attempt
+        self.begun, self._attempt = True, attempt
 
     async def send(self, data: bytes) -> None:
         for event in sse.events(data):
             if event.data and event.data.strip() != b"[DONE]":
-                await self._socket.frame(id=self._id, type="chunk", data=orjson.loads(event.data))
+                await self._chunk(event.data)
+
+    async def _chunk(self, data: bytes) -> None:
+        meaning = read_event(data)
+        self._usage = meaning.usage or self._usage
+        self._tokens += meaning.commits
+        if self._wants_usage or not meaning.usage_only:
+            await self._socket.frame(id=self._id, type="chunk", data=orjson.loads(data))
 
     async def end(self, data: bytes) -> None:
         await self.send(data)
-        await self._socket.frame(id=self._id, type="done", usage=usage_of(self.attempt))
+        await self._socket.frame(id=self._id, type="done", usage=self.usage())
+
+    def usage(self) -> dict[str, int]:
+        """Counts in OpenAI's words: what the stream said, else what the attempt at its beginning counted or estimated.
+
+        A stream that was gone on with says what it all came to, and where it does not, each chunk counts for a token.
+        """
+        usage = self._usage
+        if usage is None:
+            counted = self._attempt.counted()[0] if self._attempt is not None else Usage()
+            usage = Usage(prompt=counted.prompt, completion=max(counted.completion, self._tokens))
+        return {
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.completion,
+            "total_tokens": usage.prompt + usage.completion,
+        }
 
     async def keep_alive(self) -> None:
         """The server's pings do that."""
@@ -118,39 +154,54 @@ class ChatSocket(AsyncConsumer):
         if (await receive())["type"] != "websocket.connect":
             return
         headers = with_offered_key(scope)
+        with contextlib.ExitStack() as opened:
+            try:
+                if b"pen_" in scope.get("query_string", b""):
+                    raise InvalidRequest("A key never goes into the address.")
+                caller = pipeline.admit(self.gateway, FrameRequest(scope, headers, b""))
+                conversation = Conversation(self.gateway, scope, headers, Socket(send))
+                opened.enter_context(self.gateway.registry.listening(caller, conversation.end))
+            except GatewayError as error:
+                await refuse(send, error)
+                return
+            offered = scope.get("subprotocols") or []
+            await send({"type": "websocket.accept", "subprotocol": PROTOCOL if PROTOCOL in offered else None})
+            await conversation.run(receive)
+
+
+class NothingSocket(AsyncConsumer):
+    """Every other path: nothing. With a gateway, it is the data plane's, and a caller without a key is not even told that."""
+
+    def __init__(self, gateway: Gateway | None = None) -> None:
+        self.gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (await receive())["type"] != "websocket.connect":
+            return
         try:
-            if b"pen_" in scope.get("query_string", b""):
-                raise InvalidRequest("A key never goes into the address.")
-            caller = pipeline.admit(self.gateway, FrameRequest(scope, headers, b""))
+            if self.gateway is not None:
+                pipeline.admit(self.gateway, FrameRequest(scope, with_offered_key(scope), b""))
+            raise NotFound
         except GatewayError as error:
             await refuse(send, error)
-            return
-        offered = scope.get("subprotocols") or []
-        await send({"type": "websocket.accept", "subprotocol": PROTOCOL if PROTOCOL in offered else None})
-        await Conversation(self.gateway, scope, headers, caller, Socket(send)).run(receive)
 
 
 class Conversation:
     """The life of an accepted socket: frames in, tasks, frames out."""
 
-    def __init__(
-        self, gateway: Gateway, scope: Scope, headers: auth.RawHeaders, caller: auth.Caller, socket: Socket
-    ) -> None:
+    def __init__(self, gateway: Gateway, scope: Scope, headers: auth.RawHeaders, socket: Socket) -> None:
         self._gateway = gateway
         self._scope = scope
         self._headers = headers
-        self._caller = caller
         self._socket = socket
         self._requests: dict[str, tuple[asyncio.Task[None], FrameRequest, FrameSink]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
     async def run(self, receive: Receive) -> None:
-        listener = self._gateway.registry.listen(self._caller, self._end)
         try:
             while (message := await receive())["type"] == "websocket.receive":
                 await self._take(message)
         finally:
-            self._gateway.registry.unlisten(listener)
             self._socket.open = False
             await self._end_all()
 
@@ -186,10 +237,16 @@ class Conversation:
             self._begin(id, frame)
 
     def _begin(self, id: str, frame: dict[str, Any]) -> None:
+        options = frame.get("stream_options")
+        asked = {**frame, "stream": True}
+        wants_usage = False
+        if options is None or isinstance(options, dict):
+            wants_usage = bool(options and options.get("include_usage"))
+            asked["stream_options"] = {**(options or {}), "include_usage": True}
         # Not with orjson, which cannot write every number that a frame may hold.
-        body = json.dumps({**frame, "stream": True}, ensure_ascii=False, separators=(",", ":")).encode()
+        body = json.dumps(asked, ensure_ascii=False, separators=(",", ":")).encode()
         request = FrameRequest(self._scope, self._headers, body)
-        sink = FrameSink(self._socket, id)
+        sink = FrameSink(self._socket, id, wants_usage=wants_usage)
         task = asyncio.create_task(self._serve(id, request, sink))
         self._requests[id] = (task, request, sink)
 
@@ -214,7 +271,7 @@ class Conversation:
         task, request, sink = found
         self._stop(task, request)
         await asyncio.wait({task})
-        await self._socket.frame(id=id, type="cancelled", usage=usage_of(sink.attempt))
+        await self._socket.frame(id=id, type="cancelled", usage=sink.usage())
 
     @staticmethod
     def _stop(task: asyncio.Task[None], request: FrameRequest) -> None:
@@ -231,7 +288,7 @@ class Conversation:
         if running:
             await asyncio.wait({task for task, _, _ in running})
 
-    def _end(self, error: GatewayError) -> None:
+    def end(self, error: GatewayError) -> None:
         """The key was revoked, or the server stops: say so, and close. Called by the registry."""
         task = asyncio.get_running_loop().create_task(self._say_goodbye(error))
         self._closing.add(task)
@@ -261,18 +318,7 @@ def with_offered_key(scope: Scope) -> list[tuple[bytes, bytes]]:
 async def refuse(send: Send, error: GatewayError) -> None:
     """Refuse the upgrade with a status and a body (ASGI's websocket denial response)."""
     body = openai.error(error.status, error.code, error.text, request_id_from(None), error.param)
-    headers = [JSON, (b"content-length", str(len(body)).encode()), (b"cache-control", b"no-store")]
+    length = (b"content-length", str(len(body)).encode())
+    headers = [JSON, length, (b"cache-control", b"no-store"), *retry_after(error)]
     await send({"type": "websocket.http.response.start", "status": error.status, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body})
-
-
-def usage_of(attempt: Attempt | None) -> dict[str, int]:
-    """Counts in OpenAI's words; what was counted or estimated until now."""
-    if attempt is None:
-        return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    usage, _ = attempt.counted()
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
-    }

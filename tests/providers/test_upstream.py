@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import trustme
+import uvloop
 
 from providers import client, crypto, errors, replies, upstream
 from providers.adapters import KINDS
@@ -700,6 +701,30 @@ async def test_r31_the_providers_own_bundle_is_the_only_way_to_accept_it(session
         bare = replace(where, ca_pem="")
         with pytest.raises(errors.TlsError):
             await upstream.stream(sessions, bare, question(bare), credential=None)
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_f16_a_large_answer_comes_in_portions_that_are_small_enough_to_keep(tls: bool) -> None:
+    """On the loop that we serve with, which reads four times as much at once when it is left alone."""
+    body = os.urandom(8 * 1024 * 1024)
+    authority = Authority()
+
+    async def largest() -> int:
+        server = Server(lambda exchange: exchange.answer(body))
+        context = authority.context if tls else None
+        async with server.listening(context), client.Sessions() as sessions:
+            url = f"http{'s' if tls else ''}://127.0.0.1:{server.port}/v1"
+            where = endpoint(0, base_url=url, ca_pem=authority.pem if tls else "")
+            reply = await upstream.stream(sessions, where, question(where), credential=None)
+            parts = []
+            while part := await reply.read():
+                parts.append(part)
+            reply.close()
+        assert b"".join(parts) == body
+        return max(map(len, parts))
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(largest()) <= client.READ_BYTES + 2 * client.READ_BUFFER
 
 
 async def test_r31_a_certificate_of_another_host_is_a_tls_error(sessions: client.Sessions) -> None:

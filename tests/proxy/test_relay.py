@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import time
 from typing import Any
 
 import httpx
 import pytest
+from channels.testing import HttpCommunicator
 
 from proxy.spool import Spool
 from tests.support import answers, faults
@@ -490,3 +492,47 @@ def test_a_full_usage_log_refuses_before_anything_is_dialled(pair: House, upstre
 
     assert (response.status_code, response.json()["error"]["code"]) == (503, "usage_log_unavailable")
     assert not upstream.ledger.asked
+
+
+def test_the_connection_of_a_stream_that_broke_ends_without_a_reset(pair: House, upstream: Upstream) -> None:
+    """The head did not say that it would end, so a client may send its next request before it has noticed."""
+    upstream.behave(faults.reset_after(2))
+    body = b'{"messages": [{"role": "user", "content": "hello"}], "stream": true}'
+    request = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nx-api-key: {pair.key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    with socket.create_connection(("127.0.0.1", pair.port), timeout=5) as wire:
+        wire.sendall(request + body)
+        answer = b""
+        while part := wire.recv(65_536):
+            answer += part
+        assert b"upstream_interrupted" in answer and answer.endswith(b"\r\n0\r\n\r\n")
+        # A connection that was reset refuses what is sent after the first part.
+        wire.sendall(request)
+        wire.sendall(body)
+        assert wire.recv(65_536) == b""
+    assert len(pair.records()) == 1
+
+
+def test_behind_another_server_too_a_caller_who_leaves_stops_the_upstream(
+    pair: House, upstream: Upstream
+) -> None:
+    """One that knows nothing of the function in the request's state: daphne, in development."""
+    upstream.behave(answers.ok(chunks=500, delay=0.02))
+    body = json.dumps({"messages": [{"role": "user", "content": "hello"}], "stream": True}).encode()
+    headers = [(b"x-api-key", pair.key.encode()), (b"content-type", b"application/json")]
+
+    async def leave() -> None:
+        caller = HttpCommunicator(pair._application(), "POST", "/v1/chat/completions", body, headers)
+        await caller.send_input({"type": "http.request", "body": body})
+        assert (await caller.receive_output())["status"] == 200
+        assert b"data: " in (await caller.receive_output())["body"]
+        await caller.send_input({"type": "http.disconnect"})
+        await caller.wait()
+
+    pair._thread.run(leave())
+
+    upstream.ledger.wait_for(lambda ledger: ledger.last.closed_by_peer_at, timeout=2)
+    record = pair.records()[0]
+    assert record["status"] == "client_disconnected" and record["client_disconnected"] is True

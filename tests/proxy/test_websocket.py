@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from tests.support import answers, faults
+from proxy.consumers.websocket import Socket
+from tests.support import answers, faults, prefill
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
@@ -67,11 +73,99 @@ def test_a_browser_offers_its_key_as_a_subprotocol_and_it_is_never_echoed(pair: 
 
 
 @pytest.mark.parametrize(("key", "status"), [("", 401), ("pen_live_wrong", 401)])
-def test_refusals_are_http_statuses_before_the_upgrade(house: House, key: str, status: int) -> None:
+def test_refusals_are_http_statuses_before_the_upgrade(
+    house: House, caplog: pytest.LogCaptureFixture, key: str, status: int
+) -> None:
     with pytest.raises(InvalidStatus) as refused:
         dial(house, key=key)
     assert refused.value.response.status_code == status
     assert json.loads(refused.value.response.body or b"{}")["error"]["code"] == "invalid_api_key"
+    assert not caplog.records, "a refusal is no failure of the server"
+
+
+def refusal(house: House, path: str, key: str | None = None) -> tuple[int, str]:
+    """Status and code with which a handshake is refused."""
+    with pytest.raises(InvalidStatus) as refused:
+        dial(house, path=path, key=key)
+    body = json.loads(refused.value.response.body or b"{}")
+    return refused.value.response.status_code, body["error"]["code"]
+
+
+@pytest.mark.parametrize("path", ["/v1/ws/chat/more", "/v1/chat/completions", "/api/v1/ws", "/v1"])
+def test_a_path_without_a_socket_is_not_found_and_that_is_told_to_callers_with_a_key(
+    house: House, path: str
+) -> None:
+    assert refusal(house, path) == (404, "not_found")
+    assert refusal(house, path, key="") == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("path", ["/", "/admin/", "/ws", "/ws/chatter", "/livez"])
+@pytest.mark.parametrize("key", [None, ""], ids=["with a key", "without"])
+def test_a_path_outside_the_data_plane_has_no_socket(house: House, path: str, key: str | None) -> None:
+    assert refusal(house, path, key) == (404, "not_found")
+
+
+def test_r38_a_key_has_so_many_sockets_and_a_new_one_when_one_is_closed(house: House) -> None:
+    caller = next(iter(house.watcher.snapshot.callers.values()))
+    another = house.issue("another")
+    with contextlib.ExitStack() as others:
+        for _ in range(999):
+            others.enter_context(house.registry.listening(caller, lambda error: None))
+        with dial(house):
+            with pytest.raises(InvalidStatus) as refused:
+                dial(house)
+            with dial(house, key=another):
+                pass
+        # Their end is noticed by the server a moment after the peer sees it.
+        until(lambda: house.registry._sockets[caller.id] == 999)
+        with dial(house):
+            pass
+    response = refused.value.response
+    assert response.status_code == 429 and int(response.headers["Retry-After"]) >= 1
+    assert json.loads(response.body or b"{}")["error"]["code"] == "concurrency_limit_exceeded"
+
+
+def until(true: Callable[[], bool], seconds: float = 5) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_r38_pings_find_a_silent_peer_within_a_minute(house: House) -> None:
+    config = house._server.config
+    assert config.ws_ping_interval is not None and config.ws_ping_timeout is not None
+    assert config.ws_ping_interval + config.ws_ping_timeout + config.limits.linger_seconds < 60
+
+
+def test_r38_a_peer_that_reads_nothing_is_let_go_with_what_it_was_sent(
+    pair: House, upstream: Upstream
+) -> None:
+    """Though a close frame cannot reach it, because everything in between is full."""
+    config = pair._server.config
+    config.ws_ping_interval, config.ws_ping_timeout = 0.3, 0.3
+    config.limits = replace(config.limits, linger_seconds=0.2)
+    upstream.behave(answers.ok(texts=["x" * 16_000] * 2000))
+    with deaf(pair):
+        upstream.ledger.wait_for(lambda ledger: ledger.asked and ledger.last.closed_by_peer_at, timeout=5)
+    assert pair.records()[0]["status"] == "client_disconnected"
+
+
+@contextlib.contextmanager
+def deaf(house: House) -> Iterator[None]:
+    """A socket that has asked for an answer and reads none of it."""
+    wire = socket.socket()
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    wire.connect(("127.0.0.1", house.port))
+    frame = json.dumps({"id": "r1", **HELLO}).encode()
+    with wire:
+        wire.sendall(
+            f"GET /ws/chat HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nx-api-key: {house.key}\r\n"
+            "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+        )
+        assert b" 101 " in wire.recv(200)
+        wire.sendall(bytes([0x81, 0x80 | len(frame), 0, 0, 0, 0]) + frame)
+        yield
 
 
 def test_a_key_in_the_address_is_refused(house: House) -> None:
@@ -119,6 +213,20 @@ def test_leaving_stops_every_request_of_the_socket(pair: House, upstream: Upstre
     assert {record["status"] for record in pair.records(2)} == {"client_disconnected"}
 
 
+async def test_a_peer_that_leaves_under_a_frame_is_no_failure_of_the_request() -> None:
+    sent = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message["type"])
+        raise OSError("as servers say that nobody is there")
+
+    socket = Socket(send)
+    await socket.frame(id="r1", type="chunk")
+    await socket.frame(id="r1", type="chunk")
+    await socket.close(1012)
+    assert sent == ["websocket.send"]
+
+
 def test_a_broken_stream_is_an_error_frame(pair: House, upstream: Upstream) -> None:
     upstream.behave(faults.reset_after(2))
     with dial(pair) as socket:
@@ -126,6 +234,76 @@ def test_a_broken_stream_is_an_error_frame(pair: House, upstream: Upstream) -> N
         frames = frames_of(socket, "r1")
     assert frames[-1]["type"] == "error" and frames[-1]["error"]["code"] == "upstream_interrupted"
     assert frames[-2]["type"] == "chunk"
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked for", "not asked for"])
+def test_the_chunk_with_the_usage_comes_only_when_asked_for_and_done_has_it_always(
+    pair: House, upstream: Upstream, asked: bool
+) -> None:
+    with dial(pair) as socket:
+        ask(socket, "r1", **({"stream_options": {"include_usage": True}} if asked else {}))
+        frames = frames_of(socket, "r1")
+    told = [f["data"]["usage"] for f in frames[:-1] if f["data"]["choices"] == []]
+    counted = upstream_usage(upstream)
+    assert told == ([counted] if asked else [])
+    assert frames[-1]["usage"] == counted
+
+
+def upstream_usage(upstream: Upstream, **answer: Any) -> dict[str, int]:
+    """What the first upstream counts for its first request."""
+    return answers.Answer(**answer).tokens(upstream.ledger.asked[0])
+
+
+def test_stream_options_that_are_none_are_an_error(pair: House) -> None:
+    with dial(pair) as socket:
+        ask(socket, "r1", stream_options="usage")
+        (error,) = frames_of(socket, "r1")
+    assert error["error"]["param"] == "stream_options"
+
+
+def test_without_usage_from_the_provider_each_chunk_counts(pair: House, upstream: Upstream) -> None:
+    upstream.behave(answers.ok(usage=False))
+    with dial(pair) as socket:
+        ask(socket, "r1")
+        frames = frames_of(socket, "r1")
+    record = pair.records()[0]
+    assert record["tokens_source"] == "estimated"
+    assert frames[-1]["usage"]["completion_tokens"] == record["completion_tokens"] > 0
+    assert frames[-1]["usage"]["prompt_tokens"] == record["prompt_tokens"] > 0
+
+
+def test_after_a_resumed_stream_done_has_the_usage_of_all_of_it(
+    pair: House, upstream: Upstream, fallback: Upstream
+) -> None:
+    upstream.behave(faults.reset_after(40))
+    fallback.behave(prefill.continuing())
+    with dial(pair) as socket:
+        ask(socket, "r1", temperature=0)
+        frames = frames_of(socket, "r1")
+
+    text = "".join(c["delta"].get("content") or "" for f in frames[:-1] for c in f["data"]["choices"])
+    assert text == prefill.LONG.text
+    assert frames[-1]["type"] == "done"
+    assert frames[-1]["usage"] == upstream_usage(upstream, texts=prefill.LONG.texts)
+    assert [record["completion_tokens"] for record in pair.records(2)] == [40, 60]
+
+
+def test_a_resumed_stream_that_is_cancelled_has_the_tokens_of_all_of_it(
+    pair: House, upstream: Upstream, fallback: Upstream
+) -> None:
+    upstream.behave(faults.reset_after(40))
+    fallback.behave(answers.ok(texts=prefill.LONG.texts, delay=0.01))
+    chunks = 0
+    with dial(pair) as socket:
+        ask(socket, "r1", temperature=0)
+        while chunks < 45:
+            frame = json.loads(socket.recv(timeout=5))
+            chunks += bool(frame["data"]["choices"][0]["delta"].get("content"))
+        socket.send(json.dumps({"id": "r1", "type": "cancel"}))
+        rest = frames_of(socket, "r1")
+    assert rest[-1]["type"] == "cancelled"
+    assert rest[-1]["usage"]["completion_tokens"] == chunks + len(rest) - 1
+    assert rest[-1]["usage"]["prompt_tokens"] > 0
 
 
 @pytest.mark.parametrize(
