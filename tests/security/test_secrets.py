@@ -213,9 +213,9 @@ def _plain(store: object, name: bytes) -> bytes:
         b"hash": lambda: store.hgetall(name),  # type: ignore[attr-defined]
         b"set": lambda: store.smembers(name),  # type: ignore[attr-defined]
         b"zset": lambda: store.zrange(name, 0, -1),  # type: ignore[attr-defined]
-        b"none": str,  # It has run out between our questions.
     }
-    return repr(read[kind]()).encode()
+    # A key may have run out between our questions.
+    return b"" if kind == b"none" else repr(read[kind]()).encode()
 
 
 def test_r60_a_new_installation_has_neither_people_nor_keys(plain: Gateway) -> None:
