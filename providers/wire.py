@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from providers import errors
@@ -72,8 +72,7 @@ class Endpoint:
         return origin_of(self.base_url)
 
 
-@dataclass(frozen=True, slots=True)
-class WireRequest:
+class WireRequest(NamedTuple):
     """One HTTP request without its credential, which is added by the one who dials."""
 
     method: str
@@ -93,8 +92,7 @@ class Answer:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Token counts as the provider gave them. `prompt` includes cached tokens, `completion` includes reasoning."""
 
     prompt: int = 0
@@ -104,8 +102,7 @@ class Usage:
     reasoning: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """What one event of an upstream's stream means for us.
 
     commits: it carries content, reasoning, a tool call or a finish reason, so the answer has begun.
@@ -121,8 +118,7 @@ class Event:
     error: errors.ProviderError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """A whole answer, as far as we need to understand it."""
 
     usage: Usage | None

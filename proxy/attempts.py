@@ -24,7 +24,7 @@ BYTES_PER_TOKEN = 4
 """A rough count where the provider gave none; such records say `estimated`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Call:
     """One request of a caller, ready to be sent. `held` is what it takes of its key's limits.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from providers.wire import Credential
 from proxy.snapshot import Choice, Upstream
@@ -14,11 +14,11 @@ Named = tuple[Upstream, Choice]
 Turn = Callable[[int, Mapping[int, int]], int]
 """(provider id, weights by key id) to the key whose turn it is."""
 
+NONE: Mapping[int, float] = {}
 NO_KEY: Final = "no usable key"
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One upstream, the model to ask it for, and the key to ask with.
 
     spares: its other keys, for when this one is refused or limited. window: of the model, in tokens, where it is known.
@@ -44,16 +44,15 @@ def rest_of(provider_id: int, credential: Credential | None) -> int:
     return -provider_id if credential is None else credential.key_id
 
 
-@dataclass(frozen=True, slots=True)
-class Conditions:
+class Conditions(NamedTuple):
     """What may not be dialled now, apart from configuration. open_circuits, resting: for how many seconds more.
 
     may_force: whether an open circuit may be tried when there is nobody else.
     """
 
     weather: Weather
-    open_circuits: Mapping[int, float] = field(default_factory=dict)
-    resting: Mapping[int, float] = field(default_factory=dict)
+    open_circuits: Mapping[int, float] = NONE
+    resting: Mapping[int, float] = NONE
     may_force: Callable[[int], bool] = lambda provider_id: True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from audit.models import Head
@@ -85,7 +85,7 @@ def present() -> tuple[Snapshot, Conditions]:
     watcher = GATEWAY.watcher
     current = bool(watcher.answered_at) and watcher.snapshot.version == _version()
     snapshot = watcher.snapshot if current else snapshots.build()
-    return snapshot, replace(GATEWAY.conditions(), weather=weathers.read())
+    return snapshot, GATEWAY.conditions()._replace(weather=weathers.read())
 
 
 def _version() -> int:

@@ -10,7 +10,6 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -117,7 +116,7 @@ class Journey:
             raise error
         if error.blame == "key" and candidate.spares:
             spare, *rest = candidate.spares
-            self._untried.appendleft(replace(candidate, credential=spare, spares=tuple(rest)))
+            self._untried.appendleft(candidate._replace(credential=spare, spares=tuple(rest)))
 
     def once_more(self, candidate: Candidate) -> None:
         """Dial this one next, for it is asked in another way than before."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 SECOND = 1_000_000
 WINDOW = 60 * SECOND
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """A window at one moment: `elapsed` of the current minute, what it counted, and what the minute before counted."""
 
     elapsed: int

@@ -43,8 +43,7 @@ class ModelFacts:
 UNKNOWN = ModelFacts()
 
 
-@dataclass(frozen=True, slots=True)
-class Needs:
+class Needs(NamedTuple):
     """What a request needs. prompt_bytes: of its texts in UTF-8, without images. max_tokens: 0 when it sets no limit."""
 
     prompt_bytes: int = 0

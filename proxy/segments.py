@@ -75,14 +75,19 @@ class Final(TypedDict, total=False):
     trace: Any
 
 
-def encode(record: dict[str, Any]) -> bytes:
-    """One line of the spool. Never fails: what JSON cannot hold is replaced, what is far too long is cut."""
+def encode(record: dict[str, Any], *, behind: bytes = b"") -> bytes:
+    """One line of the spool. Never fails: what JSON cannot hold is replaced, what is far too long is cut.
+
+    behind: an earlier line that this one repeats, with `record` added: of a name that stands twice the last one counts.
+    """
     try:
         body = orjson.dumps(record)
     except TypeError:  # lone surrogates, integers beyond 64 bits, foreign types
         body = orjson.dumps(_plain(record))
     if len(body) > MAX_LINE_BYTES:
         body = orjson.dumps(_plain({**record, "trace": None}))
+    if behind:
+        body = behind[9:-2] + b"," + body[1:]
     return b"%08x %b\n" % (zlib.crc32(body), body)
 
 

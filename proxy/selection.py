@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
+from typing import NamedTuple
 
 from proxy.auth import Caller
 from proxy.candidates import Candidate, Conditions, Named, Sorted, sort_out
@@ -35,8 +35,7 @@ OURS = "penstock"
 """Who owns the models that are routes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """route: which rule decided (`x-penstock-route`). trace: a line for each upstream that was thought of.
 
     resume: whether configuration lets the next candidate take up a stream that broke.
@@ -49,8 +48,7 @@ class Plan:
     resume: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(NamedTuple):
     """What a model name means: the rule that decided, and its choices in order; those of a route are put in order later."""
 
     rule: str

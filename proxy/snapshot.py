@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from django.db import connection, transaction
 from django.db.models import Model
@@ -55,8 +55,7 @@ class Upstream:
         return self.endpoint.slug
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """A model of a provider that may be asked; without `credential`, all keys of the provider serve.
 
     node: the route's node that leads there, where a route does.

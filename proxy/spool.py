@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from proxy.segments import UNFINISHED, Final, Segment, Start, encode
 
@@ -97,7 +96,7 @@ class Spool:
         self._lock = threading.Lock()
         self._segment: Segment | None = None
         self._number = 0
-        self._open: dict[str, tuple[dict[str, Any], bytes]] = {}
+        self._open: dict[str, bytes] = {}
         self._promised = 0
         self._pending: dict[str, bytes] = {}
         self._echo: bytearray | None = None
@@ -118,8 +117,7 @@ class Spool:
 
     def start(self, record: Start) -> None:
         """Promise that this attempt leaves a record, whatever happens next. SpoolUnavailable when nobody can."""
-        entry: dict[str, Any] = {"t": "start", **record}
-        line = encode(entry)
+        line = encode({"t": "start", **record})
         with self._lock:
             if self._refusals or self._pending:
                 raise SpoolUnavailable(self.problem)
@@ -131,20 +129,19 @@ class Spool:
             except OSError as error:
                 raise SpoolUnavailable(os.strerror(error.errno or errno.EIO)) from error
             self._promised = promised
-            self._open[record["id"]] = (entry, line)
+            self._open[record["id"]] = line
             if self._echo is not None:
                 self._echo += line
 
     def finish(self, record: Final) -> None:
         """Keep how an attempt ended, merged with its start. Never raises: what the disk refuses is tried again by `tick`."""
         key = record["id"]
-        start = self._open.get(key)
-        entry = {**start[0], **record, "t": "final"} if start else {**record, "t": "final"}
-        line = encode(entry)
+        start = self._open.get(key, b"")
+        line = encode({**record, "t": "final"}, behind=start)
         with self._lock:
             try:
-                if start and len(line) > len(start[1]) + FINAL_BYTES and not self._has_room(key, line):
-                    line = encode({**entry, "trace": None})
+                if start and len(line) > len(start) + FINAL_BYTES and not self._has_room(key, line):
+                    line = encode({**record, "t": "final", "trace": None}, behind=start)
                 self._write_final(key, line)
             except OSError as error:
                 self._pending[key] = line
@@ -161,7 +158,7 @@ class Spool:
 
     def _promise(self, key: str) -> int:
         start = self._open.get(key)
-        return len(start[1]) + FINAL_BYTES if start else 0
+        return len(start) + FINAL_BYTES if start else 0
 
     def _write_final(self, key: str, line: bytes) -> None:
         """Append a final; its start stays open until this has worked, so that it is copied on if it has not."""
@@ -277,7 +274,7 @@ class Spool:
         that: what it writes meanwhile goes to the old segment and to `_echo`, which follows under the lock.
         """
         with self._lock:
-            copies = b"".join(line for _, line in self._open.values())
+            copies = b"".join(self._open.values())
             promised = self._promised
             self._echo = bytearray()
         fresh = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ def test_the_recorded_stream_is_understood(name: str) -> None:
         next(index for index, event in enumerate(read) if event.commits) == expected["first_committing_chunk"]
     )
     assert [event.finish_reason for event in read if event.finish_reason] == [expected["finish_reason"]]
-    assert [asdict(event.usage) for event in read if event.usage] == [expected["usage"]]
+    assert [event.usage._asdict() for event in read if event.usage] == [expected["usage"]]
     for raw, event in zip(chunks, read, strict=True):
         if event.usage_only:
             assert json.loads(raw.data)["choices"] == []
