@@ -22,6 +22,10 @@ from proxy.limits_redis import Link, LinkFailed, Operation, Words, call
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
+REQUESTS, TOKENS = (
+    tuple(b"x-ratelimit-%b-%b" % (what, of) for what in (b"limit", b"remaining", b"reset"))
+    for of in (b"requests", b"tokens")
+)
 LEASE_SECONDS = 30.0
 FORGET_EVERY = 30
 """Sweeps."""
@@ -268,15 +272,14 @@ class _Counted(Held):
     @property
     def headers(self) -> Headers:
         found: list[tuple[bytes, bytes]] = []
-        for name, limit, reading in (
-            (b"requests", self.caller.requests_per_minute, self.requests),
-            (b"tokens", self.caller.tokens_per_minute, self.used_tokens),
+        for names, limit, reading in (
+            (REQUESTS, self.caller.requests_per_minute, self.requests),
+            (TOKENS, self.caller.tokens_per_minute, self.used_tokens),
         ):
             if limit is not None:
                 remaining = reading.remaining(self.share(limit) or 0)
-                found.append((b"x-ratelimit-limit-" + name, b"%d" % limit))
-                found.append((b"x-ratelimit-remaining-" + name, b"%d" % remaining))
-                found.append((b"x-ratelimit-reset-" + name, duration(reading.reset())))
+                values = (b"%d" % limit, b"%d" % remaining, duration(reading.reset()))
+                found.extend(zip(names, values, strict=True))
         return tuple(found)
 
     def correct(self, tokens: int) -> None:

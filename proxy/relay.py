@@ -31,14 +31,14 @@ ENDING_SECONDS = 0.5
 
 
 class Sink(Protocol):
-    """Where an answer goes. `begin` once, then `send`; `end` carries the last bytes.
+    """Where an answer goes. `begin` once, then `send`; `end` carries the last bytes. length: of the whole body, where it is known.
 
     keep_alive: say between events that we are still there, where the transport does not say so itself.
     """
 
     begun: bool
 
-    async def begin(self, attempt: Attempt) -> None: ...
+    async def begin(self, attempt: Attempt, length: int | None = None) -> None: ...
     async def send(self, data: bytes) -> None: ...
     async def end(self, data: bytes) -> None: ...
     async def keep_alive(self) -> None: ...
@@ -91,7 +91,7 @@ async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
     attempt.usage = chat.read_completion(body).usage
     attempt.bytes_out = len(body)
     attempt.settle("success", http_status=reply.status)
-    await sink.begin(attempt)
+    await sink.begin(attempt, len(body))
     await sink.end(body)
 
 

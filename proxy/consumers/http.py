@@ -144,7 +144,7 @@ class HttpSink:
         self._streams = False
         self.begun = False
 
-    async def begin(self, attempt: Attempt) -> None:
+    async def begin(self, attempt: Attempt, length: int | None = None) -> None:
         call, candidate = attempt.call, attempt.candidate
         self._streams = call.chat.stream
         headers = [
@@ -154,6 +154,8 @@ class HttpSink:
             (b"x-penstock-config", b"%d" % call.config_version),
             *call.held.headers,
         ]
+        if length is not None:
+            headers.append((b"content-length", b"%d" % length))
         await self._start(200, headers)
 
     async def send(self, data: bytes) -> None:

@@ -78,7 +78,7 @@ class FrameSink:
         self._tokens = 0
         self.begun = False
 
-    async def begin(self, attempt: Attempt) -> None:
+    async def begin(self, attempt: Attempt, length: int | None = None) -> None:
         self.begun, self._attempt = True, attempt
 
     async def send(self, data: bytes) -> None:
