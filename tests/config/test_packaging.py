@@ -16,6 +16,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.no_database
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 LOCKS = (ROOT / "requirements.lock", ROOT / "tests" / "requirements.lock")
 PROGRAMS = {"valkey", "drainer", "worker", "beat", "web"}

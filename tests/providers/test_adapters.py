@@ -19,6 +19,8 @@ from providers.adapters.openai import around_text, read_completion, read_event, 
 from providers.destination import check_url
 from providers.wire import Answer, Chat, Endpoint, Event, Kind, origin_of
 
+pytestmark = pytest.mark.no_database
+
 WIRE = Path(__file__).parent.parent / "wire"
 REMOTE = sorted(set(KINDS) - {"echo"})
 JSON_VALUES = st.recursive(

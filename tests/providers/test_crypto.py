@@ -17,6 +17,8 @@ from providers import crypto
 from providers.crypto import Keyring, Secret
 from providers.errors import CredentialUnavailable
 
+pytestmark = pytest.mark.no_database
+
 AAD = crypto.aad_for("providers.apikey", "secret", "uid", "https://api.example.com:443")
 ROUNDS = 1000
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from providers.destination import Policy, check_address, check_url
 from providers.errors import DestinationNotAllowed
 
+pytestmark = pytest.mark.no_database
+
 EVERYTHING = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 LOOSEST = Policy(allow_private=True, private_networks=EVERYTHING)
 STRICT = Policy()

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from providers import errors, sse
 
+pytestmark = pytest.mark.no_database
+
 LINE_ENDS = st.sampled_from([b"\n", b"\r\n", b"\r"])
 LINES = st.one_of(
     st.just(b"data: [DONE]"),

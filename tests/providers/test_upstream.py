@@ -24,6 +24,8 @@ from providers.adapters import KINDS
 from providers.destination import Policy
 from providers.wire import Answer, Credential, Endpoint, Timeouts, WireRequest
 
+pytestmark = pytest.mark.no_database
+
 SECRET = "sk-canary-5f2d0c9be1"
 UID = "7b7f6f0e-2f53-4a3c-9a0f-3b1e6a1d7c55"
 

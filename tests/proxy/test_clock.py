@@ -14,6 +14,8 @@ from tests.support.inprocess import House
 from tests.support.told import Told, listen
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 
 @pytest.mark.parametrize("seconds", [3600, -3600])
 def test_f35_a_stream_is_neither_cut_nor_measured_wrongly(

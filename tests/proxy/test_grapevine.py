@@ -14,6 +14,8 @@ from proxy.grapevine import GONE_SECONDS, HASH, STALE_SECONDS, Grapevine, Hearsa
 from tests.support.ports import free_port
 from tests.support.valkey import Valkey
 
+pytestmark = pytest.mark.no_database
+
 
 class Clock:
     now = 1000.0

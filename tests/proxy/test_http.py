@@ -14,6 +14,8 @@ from proxy import keys
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 

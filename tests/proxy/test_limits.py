@@ -21,6 +21,8 @@ from proxy.limits import UNLIMITED, Held, Limits
 from proxy.limits_local import SECOND, WINDOW, Reading, Window, duration
 from tests.support.valkey import Valkey
 
+pytestmark = pytest.mark.no_database
+
 
 class Clock:
     """Monotonic seconds that only pass when told to."""

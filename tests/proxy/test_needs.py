@@ -8,6 +8,8 @@ import pytest
 
 from proxy.needs import UNKNOWN, ModelFacts, Needs, fits, misfit, needs_of, same_dimensions
 
+pytestmark = pytest.mark.no_database
+
 TEXT = [{"role": "user", "content": "hello"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 4_000_000}}
 

@@ -15,6 +15,8 @@ from tests.support import answers
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 MIB = 2**20
 
 

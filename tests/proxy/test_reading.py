@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from providers.adapters import KINDS
 from proxy.reading import AnswerReader
 
+pytestmark = pytest.mark.no_database
+
 CHAT = KINDS["openai"].chat
 assert CHAT is not None
 

@@ -18,6 +18,8 @@ from tests.support.inprocess import House
 from tests.support.ports import free_port
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 
 def events(response: httpx.Response) -> list[Any]:
     """The data of each event; `[DONE]` as that text."""

@@ -11,6 +11,8 @@ from tests.support.inprocess import House
 from tests.support.told import Told, listen
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 LONG = prefill.LONG.text
 STRICT, ACTIVE = "strict", "auto"
 """A route that does not let streams be resumed, and the active provider, which has a fallback."""

@@ -18,6 +18,8 @@ from tests.support.answers import status
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 ANYBODY = Caller(1, "k", "app", "", "", 1)
 
 

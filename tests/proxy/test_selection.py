@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
+
+pytestmark = pytest.mark.no_database
 
 
 def route_of(house: House, model: str | None = None, **body: Any) -> tuple[str, str, str]:

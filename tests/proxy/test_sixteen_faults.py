@@ -20,6 +20,8 @@ from tests.support.reconcile import reconcile
 from tests.support.told import Told, listen
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 LONG = prefill.LONG.text
 SHORT = Answer().text
 MOST_BACKOFF = 0.5

@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from proxy import segments
 from proxy.spool import Final, Spool, SpoolUnavailable, Start, new_attempt_id
 
+pytestmark = pytest.mark.no_database
+
 ROOT = Path(__file__).resolve().parents[2]
 NEVER = 1e9
 

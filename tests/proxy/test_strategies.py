@@ -10,6 +10,8 @@ import pytest
 
 from proxy.strategies import Node, Option, Route, RouteState, Speeds, Wheel, matches, why
 
+pytestmark = pytest.mark.no_database
+
 REQUESTS = 10_000
 
 

@@ -32,6 +32,8 @@ from tests.support.reconcile import name_of, reconcile
 from tests.support.told import CHAT, Told, listen, question
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 SHORT = Answer().text
 
 

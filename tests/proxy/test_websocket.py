@@ -19,6 +19,8 @@ from tests.support import answers, faults, prefill
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 

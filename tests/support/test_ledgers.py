@@ -13,6 +13,8 @@ from tests.support.reconcile import reconcile
 from tests.support.told import CHAT, DONE, Told, question
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 HEADERS = {"content-type": "text/event-stream", "x-request-id": "r", "x-penstock-attempts": "1"}
 ERROR = {"error": {"code": "upstream_interrupted"}, "request_id": "r"}
 
