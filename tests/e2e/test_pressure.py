@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import resource
 import socket
@@ -18,11 +17,11 @@ import pytest
 
 from tests.security.conftest import rss
 from tests.support import answers
-from tests.support.answers import SSE, Answer
+from tests.support.answers import Answer
 from tests.support.gateway import Gateway
-from tests.support.http_server import Behaviour, Exchange
 from tests.support.ports import LOOPBACK
 from tests.support.postgres import Postgres
+from tests.support.stalled import endless, stalled_reader
 from tests.support.told import CHAT, listen, question
 from tests.support.upstream import Upstream
 
@@ -58,32 +57,6 @@ def descriptors(pid: int) -> int:
 # -- F16 -----------------------------------------------------------------------------------------------------------------
 
 
-def endless(size: int = 100 * MIB) -> Behaviour:
-    """A stream of so many bytes, as fast as they are taken."""
-
-    async def behave(exchange: Exchange) -> None:
-        await exchange.head(200, SSE)
-        (block,) = Answer(texts=["x" * 16_000]).content(exchange.request)
-        for _ in range(size // len(block)):
-            await exchange.chunk(block)
-        await exchange.end()
-
-    return behave
-
-
-def stalled_reader(gateway: Gateway, key: str, name: str) -> socket.socket:
-    wire = socket.socket()
-    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-    wire.connect((LOOPBACK, gateway.port))
-    body = json.dumps(question(name, stream=True)).encode()
-    head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\nx-request-id: {name}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    wire.sendall(head.encode() + body)
-    return wire
-
-
 def stalled_readers(gateway: Gateway, key: str, upstream: Upstream, count: int) -> float:
     """By how many million bytes the web process grows under so many readers of 100 MiB that read nothing."""
     pid = gateway.process().pid
@@ -93,7 +66,7 @@ def stalled_readers(gateway: Gateway, key: str, upstream: Upstream, count: int) 
     before = rss(pid)
     with contextlib.ExitStack() as wires:
         for number in range(count):
-            wires.callback(stalled_reader(gateway, key, f"stalled-{count}-{number}").close)
+            wires.callback(stalled_reader(gateway.port, key, f"stalled-{count}-{number}").close)
         upstream.ledger.wait_for(lambda ledger: len(ledger.asked) == count, timeout=60)
         _wait_until_still(upstream)
         growth = rss(pid) - before

@@ -29,6 +29,7 @@ from tests.support.http_server import Behaviour, Exchange
 from tests.support.inprocess import PEPPERS, House
 from tests.support.ports import LOOPBACK, blackhole
 from tests.support.reconcile import name_of, reconcile
+from tests.support.stalled import endless, stalled_reader
 from tests.support.told import CHAT, Told, listen, question
 from tests.support.upstream import Upstream
 
@@ -350,33 +351,6 @@ async def test_f13_two_thousand_requests_while_the_provider_closes_connections_l
 
 
 # -- F16: who does not read ----------------------------------------------------------------------------------------------
-
-
-def endless(size: int = 100 * 1024 * 1024) -> Behaviour:
-    """A stream of so many bytes, as fast as they are taken."""
-
-    async def behave(exchange: Exchange) -> None:
-        await exchange.head(200, SSE)
-        (block,) = Answer(texts=["x" * 16_000]).content(exchange.request)
-        for _ in range(size // len(block)):
-            await exchange.chunk(block)
-        await exchange.end()
-
-    return behave
-
-
-def stalled_reader(port: int, key: str, name: str) -> socket.socket:
-    """A caller with a small buffer who asks for a stream and reads nothing."""
-    wire = socket.socket()
-    wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    wire.connect((LOOPBACK, port))
-    body = json.dumps(question(name, stream=True)).encode()
-    head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {key}\r\nx-request-id: {name}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    wire.sendall(head.encode() + body)
-    return wire
 
 
 def test_f16_a_caller_who_reads_nothing_is_cut_the_provider_stopped_and_the_row_written(
