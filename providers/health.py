@@ -34,6 +34,9 @@ JITTER = 0.2
 RECOVERY_SECONDS = 15.0
 """A provider that fails is asked at least so often, so that its return is noticed within 30 s."""
 
+AHEAD = timedelta(seconds=60)
+"""By how much the clocks of two machines may differ before one of them is taken for wrong."""
+
 LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 """When a new row was due: before any probe of it can have begun."""
 
@@ -215,7 +218,7 @@ def ensure_rows() -> None:
 
 def _is_newer(health: ProviderHealth, now: datetime) -> bool:
     """Whether a probe that began after `now` was noted already; one from the future was begun before the clock was set back."""
-    return health.last_checked_at is not None and now <= health.last_checked_at <= timezone.now()
+    return health.last_checked_at is not None and now <= health.last_checked_at <= timezone.now() + AHEAD
 
 
 def _row(provider_id: int) -> ProviderHealth | None:

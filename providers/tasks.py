@@ -144,7 +144,7 @@ def _run() -> None:
 
 def _due(now: datetime) -> QuerySet[ProviderHealth]:
     """Also those that were asked in the future: the clock was set back since, and nothing would be due for as long (F35)."""
-    due = Q(next_probe_at__lte=now) | Q(last_checked_at__gt=now + LEASE)
+    due = Q(next_probe_at__lte=now) | Q(last_checked_at__gt=now + health.AHEAD)
     return ProviderHealth.objects.filter(due, provider__enabled=True)
 
 
