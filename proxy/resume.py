@@ -13,6 +13,7 @@ from typing import Any, Literal
 import orjson
 
 from providers import sse
+from providers.adapters.json_values import mapping
 from providers.errors import Interrupted, ProviderError, UpstreamRefused
 from providers.wire import Chat, Event, Usage
 from proxy.reading import AnswerReader
@@ -93,7 +94,7 @@ class Resumption:
         """The request that goes on."""
         if way == "restart" or chat.prefill is None:
             return self._body
-        body = dict(chat.prefill(self._body, self._text.rstrip()))
+        body = dict(chat.prefill(self._body, self.text.rstrip()))
         for name in LIMITS:
             if type(body.get(name)) is int:
                 body[name] -= self.tokens
@@ -115,15 +116,16 @@ class Resumption:
         events = (event.data for event in sse.events(b"".join(blocks)) if event.data)
         self._text = "".join([self._text, *(self._read(orjson.loads(data)) for data in events)])
         if len(self._text.encode(errors="replace")) > MAX_TEXT_BYTES:
-            self._plain = False
+            self._plain, self._text = False, ""
 
     def _read(self, chunk: Mapping[str, Any]) -> str:
         """The text of one chunk; notes whatever makes this more than plain text."""
         if not self.envelope:
             self.envelope = {name: chunk[name] for name in ("id", "created") if name in chunk}
         said = ""
-        for choice in chunk.get("choices") or ():
-            delta = choice.get("delta") or {}
+        for each in chunk.get("choices") or ():
+            choice = mapping(each)
+            delta = mapping(choice.get("delta"))
             content = delta.get("content")
             holds = {name for name, value in delta.items() if value and name != "role"}
             if choice.get("index", 0) != 0 or holds - {"content"} or not isinstance(content, str | None):
@@ -191,8 +193,8 @@ class ContinuationReader(AnswerReader):
     def _told(self, event: sse.RawEvent) -> bytes:
         chunk = orjson.loads(event.data)
         keeps = False
-        for choice in chunk.get("choices") or ():
-            choice["delta"] = delta = self._delta(choice.get("delta") or {})
+        for choice in filter(mapping, chunk.get("choices") or ()):
+            choice["delta"] = delta = self._delta(mapping(choice.get("delta")))
             if self._seam.stopped:
                 choice["finish_reason"] = self.finish_reason = "stop"
                 self.complete = self.done = True
