@@ -12,6 +12,8 @@ from playwright.sync_api import Page
 from tests.support.gateway import Gateway
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 Visit = Callable[..., Any]
 
 PAGES = (

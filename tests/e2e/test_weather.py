@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from tests.support import answers
 from tests.support.gateway import Gateway
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
+
+pytestmark = pytest.mark.no_database
 
 QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
 TRAVEL_SECONDS = 2.0

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import pytest
 
 from tests.support import answers
 from tests.support.gateway import Gateway
@@ -15,6 +16,8 @@ from tests.support.processes import descendants
 from tests.support.rows import usage_rows
 from tests.support.told import listen
 from tests.support.upstream import Upstream
+
+pytestmark = pytest.mark.no_database
 
 STREAMS = 12
 QUESTION = {"messages": [{"role": "user", "content": "hello"}]}

@@ -23,6 +23,8 @@ from tests.support.http_server import Behaviour, Exchange
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 GIB = 1024**3
 CONSOLE_LIMIT = 2_621_440

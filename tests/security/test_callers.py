@@ -28,6 +28,8 @@ from tests.support.ports import LOOPBACK
 from tests.support.told import CHAT, listen, question
 from tests.support.upstream import Trap, Upstream
 
+pytestmark = pytest.mark.no_database
+
 
 @pytest.fixture(scope="module")
 def busy() -> Iterator[Upstream]:
