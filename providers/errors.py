@@ -22,6 +22,7 @@
         ├── ProtocolError           what came back is not the protocol
         ├── EmptyResponse           200 and nothing in it
         ├── Interrupted             the stream broke after it had begun
+        │   └── AnotherAnswer       it was begun again, and is another one
         └── Stalled                 the stream went silent after it had begun
 
 Each class carries its whole decision, so that nobody downstream needs a table: `status` and `code` are what the
@@ -185,6 +186,13 @@ class Interrupted(UpstreamError):
     again = True
     code = "upstream_interrupted"
     message = "The provider's stream broke before it was complete."
+
+
+class AnotherAnswer(Interrupted):
+    """Asked once more for an answer that broke, a provider gave another one: its good right, and no use."""
+
+    again = False
+    blame = "nobody"
 
 
 class Stalled(UpstreamError):

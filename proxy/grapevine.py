@@ -69,12 +69,11 @@ class Grapevine:
         if not self._url or self._clock() < self._rests_until:
             return Hearsay()
         try:
-            rows = self._exchange(ours)
-        except redis.RedisError as error:
+            return self._understood(self._exchange(ours))
+        except (redis.RedisError, OSError, ValueError) as error:
             self._rests_until = self._clock() + REST_SECONDS
             logger.info("workers do not hear of each other: %s", type(error).__name__)
             return Hearsay()
-        return self._understood(rows)
 
     def close(self) -> None:
         if self._client is not None:

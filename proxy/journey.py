@@ -106,6 +106,9 @@ class Journey:
         committed: the caller has a part of an answer, so that whatever others say of the request, it was a good one.
         """
         self._failures.append((candidate, error))
+        if error.blame == "key" and candidate.spares:
+            spare, *rest = candidate.spares
+            self._untried.appendleft(candidate._replace(credential=spare, spares=tuple(rest)))
         if committed:
             return
         if isinstance(error, ContextLengthExceeded):
@@ -114,9 +117,6 @@ class Journey:
                 raise error
         elif not error.failover:
             raise error
-        if error.blame == "key" and candidate.spares:
-            spare, *rest = candidate.spares
-            self._untried.appendleft(candidate._replace(credential=spare, spares=tuple(rest)))
 
     def once_more(self, candidate: Candidate) -> None:
         """Dial this one next, for it is asked in another way than before."""

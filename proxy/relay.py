@@ -128,7 +128,9 @@ def _question(attempt: Attempt, resumption: Resumption | None) -> tuple[Mapping[
             chat, choices=_choices(request.body), wants_usage=request.wants_usage
         )
     way = resumption.ways(chat, attempt.candidate.full_name)[0]
-    return resumption.body(chat, way), resumption.reader(chat, way, wants_usage=request.wants_usage)
+    return resumption.body(chat, way, attempt.candidate.full_name), resumption.reader(
+        chat, way, wants_usage=request.wants_usage
+    )
 
 
 async def _pump(
@@ -148,20 +150,32 @@ async def _pump(
             attempt.first_token()
             patience.begun()
         if out:
-            if not sink.begun:
-                await sink.begin(attempt)
-            attempt.bytes_out += len(out)
-            patience.sending = True
-            await sink.send(out)
-            patience.forwarded()
-            if resumption is not None:
-                resumption.add(out)
+            await _forward(out, attempt, sink, patience, resumption)
         if not data:
             break
     if reader.done and not reader.complete and reader.failure is None:
         reader.ended()
     if reader.failure is not None:
         raise _in_stream(reader.failure) if sink.begun and reader.begun else reader.failure
+
+
+async def _forward(
+    out: bytes, attempt: Attempt, sink: Sink, patience: Patience, resumption: Resumption | None
+) -> None:
+    """Give the caller these events; what they are is kept where the stream may have to be gone on with."""
+    if not sink.begun:
+        await sink.begin(attempt)
+    attempt.bytes_out += len(out)
+    patience.sending = True
+    try:
+        await sink.send(out)
+    except BaseException:
+        if resumption is not None:
+            resumption.spoil()
+        raise
+    patience.forwarded()
+    if resumption is not None:
+        resumption.add(out)
 
 
 async def _ending(reply: Reply, reader: AnswerReader, patience: Patience) -> None:

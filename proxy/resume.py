@@ -14,7 +14,7 @@ import orjson
 
 from providers import sse
 from providers.adapters.json_values import mapping
-from providers.errors import Interrupted, ProviderError, UpstreamRefused
+from providers.errors import AnotherAnswer, ProviderError, UpstreamRefused
 from providers.wire import Chat, Event, Usage
 from proxy.reading import AnswerReader
 
@@ -49,12 +49,15 @@ class Resumption:
         self._plain = True
         self._text = ""
         self._refused: set[str] = set()
+        self._asked: dict[str, Way] = {}
         self.broke: ProviderError | None = None
         self.envelope: dict[str, Any] = {}
         self.tokens = 0
 
     def add(self, block: bytes) -> None:
         """These events were sent to the caller."""
+        if not self._plain:
+            return
         self._blocks.append(block)
         self._size += len(block)
         if self._size > FOLD_BYTES:
@@ -71,7 +74,12 @@ class Resumption:
         if not self._plain or not self._text or self._left() == 0:
             return []
         ways: list[Way] = []
-        if chat.prefill is not None and who not in self._refused and self._text.strip():
+        if (
+            chat.prefill is not None
+            and who not in self._refused
+            and self._text.strip()
+            and not self._continues()
+        ):
             ways.append("prefill")
         if self._body.get("temperature") == 0:
             ways.append("restart")
@@ -85,13 +93,22 @@ class Resumption:
         if self.broke is None:
             self.broke = error
             return False
-        if not isinstance(error, UpstreamRefused) or who in self._refused:
+        if (
+            not isinstance(error, UpstreamRefused)
+            or self._asked.get(who) != "prefill"
+            or who in self._refused
+        ):
             return False
         self._refused.add(who)
         return True
 
-    def body(self, chat: Chat, way: Way) -> Mapping[str, Any]:
-        """The request that goes on."""
+    def spoil(self) -> None:
+        """Nobody knows how much of the last events the caller has: nothing can be gone on with."""
+        self._plain, self._text, self._blocks = False, "", []
+
+    def body(self, chat: Chat, way: Way, who: str = "") -> Mapping[str, Any]:
+        """The request that goes on, for `who`."""
+        self._asked[who] = way
         if way == "restart" or chat.prefill is None:
             return self._body
         body = dict(chat.prefill(self._body, self.text.rstrip()))
@@ -103,6 +120,13 @@ class Resumption:
     def reader(self, chat: Chat, way: Way, *, wants_usage: bool) -> ContinuationReader:
         return ContinuationReader(chat, self, way, stops=_stops(self._body), wants_usage=wants_usage)
 
+    def _continues(self) -> bool:
+        """Whether the request itself already ends with the beginning of an answer."""
+        messages = self._body.get("messages")
+        return bool(
+            isinstance(messages, list) and messages and mapping(messages[-1]).get("role") == "assistant"
+        )
+
     def _left(self) -> int | None:
         """How many tokens may still come, where the caller said how many may come."""
         limits = [self._body[name] for name in LIMITS if type(self._body.get(name)) is int]
@@ -113,8 +137,12 @@ class Resumption:
         blocks, self._blocks, self._size = self._blocks, [], 0
         if not blocks or not self._plain:
             return
-        events = (event.data for event in sse.events(b"".join(blocks)) if event.data)
-        self._text = "".join([self._text, *(self._read(orjson.loads(data)) for data in events)])
+        events = (event.data for event in sse.events(b"".join(blocks)) if event.data.strip())
+        try:
+            self._text = "".join([self._text, *(self._read(orjson.loads(data)) for data in events)])
+        except (ValueError, TypeError, AttributeError):
+            # Half a character in a text, say: good enough to pass, and nothing to go on from.
+            self.spoil()
         if len(self._text.encode(errors="replace")) > MAX_TEXT_BYTES:
             self._plain, self._text = False, ""
 
@@ -165,13 +193,14 @@ class Seam:
 class ContinuationReader(AnswerReader):
     """Reads the stream of the one who goes on, and makes it the end of the stream that the caller has begun to read."""
 
-    __slots__ = ("_expected", "_resumption", "_seam", "_way", "_white")
+    __slots__ = ("_delivered", "_expected", "_resumption", "_seam", "_way", "_white")
 
     def __init__(
         self, chat: Chat, resumption: Resumption, way: Way, *, stops: list[str], wants_usage: bool
     ) -> None:
         super().__init__(chat, choices=1, wants_usage=wants_usage)
         text = resumption.text
+        self._delivered = resumption.tokens
         self._resumption = resumption
         self._way = way
         self._expected = text if way == "restart" else ""
@@ -186,7 +215,7 @@ class ContinuationReader(AnswerReader):
         super()._take(event, meaning)
         if self.complete and self._expected and self.failure is None:
             self._held.clear()
-            self.failure = Interrupted(
+            self.failure = AnotherAnswer(
                 detail="the new answer ended before the point where the first one broke"
             )
 
@@ -199,6 +228,8 @@ class ContinuationReader(AnswerReader):
                 choice["finish_reason"] = self.finish_reason = "stop"
                 self.complete = self.done = True
             keeps = keeps or bool(delta) or choice.get("finish_reason") is not None
+        if self.failure is not None:
+            return b""
         if isinstance(chunk.get("usage"), dict):
             chunk["usage"] = self._usage_of_all(chunk["usage"])
             keeps = True
@@ -213,13 +244,15 @@ class ContinuationReader(AnswerReader):
             "content": self._new(content) if isinstance(content, str) else "",
             "tool_calls": delta.get("tool_calls"),
         }
+        if self._expected and told["tool_calls"]:
+            self.failure = AnotherAnswer(detail="the new answer is a tool call")
         return {name: value for name, value in told.items() if value}
 
     def _new(self, text: str) -> str:
         if self._expected:
             known, self._expected = self._expected[: len(text)], self._expected[len(text) :]
             if not text.startswith(known):
-                self.failure = Interrupted(detail="the new answer is another one")
+                self.failure = AnotherAnswer(detail="the new answer is another one")
                 return ""
             text = text[len(known) :]
         while self._white and text.startswith(self._white[0]):
@@ -233,8 +266,7 @@ class ContinuationReader(AnswerReader):
         usage = self.usage or Usage()
         prompt, completion = usage.prompt, usage.completion
         if self._way == "prefill":
-            delivered = self._resumption.tokens
-            prompt, completion = max(0, prompt - delivered), completion + delivered
+            prompt, completion = max(0, prompt - self._delivered), completion + self._delivered
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -188,12 +188,19 @@ class Watcher:
         self._unrecorded = False
         self._undecryptable -= keys
 
+    def _swap_safely(self) -> None:
+        """This thread must outlive whatever goes wrong with hearsay."""
+        try:
+            self.swap()
+        except Exception:
+            logger.exception("workers do not hear of each other")
+
     def _run(self) -> None:
         failing = False
         swapped_at = 0.0
         while not self._stop.wait(POLL_SECONDS):
             if self._clock() - swapped_at >= WEATHER_SECONDS:
-                self.swap()
+                self._swap_safely()
                 swapped_at = self._clock()
             try:
                 if connection.vendor != "sqlite":

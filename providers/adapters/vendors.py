@@ -57,7 +57,8 @@ def _cohere_models(endpoint: Endpoint) -> WireRequest:
 
 
 def _with_prefix(body: Mapping[str, Any], text: str) -> Mapping[str, Any]:
-    """Mistral and DeepSeek go on with a last message that is marked so; DeepSeek only under its `/beta`, and refuses it elsewhere."""
+    """DeepSeek goes on with a last message that is marked so, under its `/beta`, and refuses it elsewhere. (Mistral takes the mark,
+    too, but repeats the beginning in its answer, which nobody here takes off again.)"""
     return openai.prefilled(body, text, message={"prefix": True})
 
 
@@ -100,7 +101,7 @@ VENDOR_KINDS: tuple[Kind, ...] = (
         "mistral",
         "Mistral AI",
         "https://api.mistral.ai/v1",
-        chat=openai.chat(vendor_api, asks_usage=False, prefill=_with_prefix),
+        chat=openai.chat(vendor_api, asks_usage=False),
     ),
     _line(
         "deepseek",

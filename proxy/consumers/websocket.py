@@ -249,6 +249,8 @@ class Conversation:
         sink = FrameSink(self._socket, id, wants_usage=wants_usage)
         task = asyncio.create_task(self._serve(id, request, sink))
         self._requests[id] = (task, request, sink)
+        # Not in the task itself: one that is cancelled before its first step never comes to its end.
+        task.add_done_callback(lambda _: self._requests.pop(id, None))
 
     async def _serve(self, id: str, request: FrameRequest, sink: FrameSink) -> None:
         try:
@@ -260,8 +262,6 @@ class Conversation:
             with structlog.contextvars.bound_contextvars(request_id=request.id):
                 logger.exception("a request failed inside the gateway")
             await sink.fail(GatewayError(), request.id)
-        finally:
-            self._requests.pop(id, None)
 
     async def _cancel(self, id: str) -> None:
         found = self._requests.get(id)

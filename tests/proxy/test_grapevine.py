@@ -139,3 +139,19 @@ def test_without_redis_nothing_is_heard_and_it_is_asked_again_only_after_a_while
     clock.now += 5
     vine.swap(SEEN)
     assert len(asked) == 2
+
+
+def test_whatever_redis_says_to_the_clearing_up_is_no_error(
+    two: tuple[Grapevine, Grapevine], clock: Clock, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs in the thread that keeps the configuration fresh."""
+    one, other = two
+    one.swap(SEEN)
+    other.swap(Hearsay())
+    clock.now += GONE_SECONDS + 1
+
+    def refuse(*words: Any) -> Any:
+        raise redis.exceptions.ReadOnlyError
+
+    monkeypatch.setattr(redis.Redis, "hdel", refuse)
+    assert not other.swap(Hearsay())

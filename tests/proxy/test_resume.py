@@ -9,7 +9,7 @@ import pytest
 
 from providers import sse
 from providers.adapters import KINDS
-from providers.errors import Interrupted, UpstreamRefused
+from providers.errors import AnotherAnswer, Interrupted, UpstreamRefused
 from providers.wire import Chat
 from proxy.resume import MAX_TEXT_BYTES, Resumption, Seam, Way, may_resume
 
@@ -160,6 +160,7 @@ def test_who_refuses_the_prefill_is_asked_again_from_the_beginning_where_that_is
     assert warm.ways(VLLM, "two/big") == ["prefill"] and warm.ways(OTHER, "two/big") == []
     assert cold.ways(VLLM, "two/big") == ["prefill", "restart"] and cold.ways(OTHER, "two/big") == ["restart"]
     for resumption in (warm, cold):
+        resumption.body(VLLM, "prefill", "two/big")
         assert resumption.broken("two/big", UpstreamRefused())
         assert not resumption.broken("two/big", UpstreamRefused())
         assert isinstance(resumption.broke, Interrupted)
@@ -173,3 +174,56 @@ def test_who_refuses_the_prefill_is_asked_again_from_the_beginning_where_that_is
 def test_a_request_for_more_than_one_plain_text_is_never_gone_on_with(body: dict[str, Any]) -> None:
     assert may_resume({"messages": [QUESTION]})
     assert not may_resume({"messages": [QUESTION], **body})
+
+
+def test_a_failed_restart_says_nothing_not_even_that_it_is_finished() -> None:
+    resumption = broken_after("The sky", temperature=0)
+    both = event(
+        {"content": "No"}, id="second", finish="stop", usage={"prompt_tokens": 1, "completion_tokens": 1}
+    )
+    reader = resumption.reader(OTHER, "restart", wants_usage=True)
+    assert reader.feed(both) == b"" and reader.failure is not None
+
+
+def test_a_tool_call_in_place_of_the_text_is_another_answer() -> None:
+    call = [{"index": 0, "id": "c", "function": {"name": "f", "arguments": "{}"}}]
+    reader = broken_after("The sky", temperature=0).reader(OTHER, "restart", wants_usage=False)
+    assert reader.feed(event({"tool_calls": call}, id="second")) == b"" and reader.failure is not None
+
+
+def test_another_answer_is_nobodys_fault_and_is_not_asked_for_again() -> None:
+    error = AnotherAnswer()
+    assert error.blame == "nobody"
+    assert not error.again
+
+
+def test_the_usage_counts_what_was_delivered_once_however_long_the_rest_is() -> None:
+    resumption = broken_after("one ", "two ")
+    reader = resumption.reader(VLLM, "prefill", wants_usage=True)
+    for _ in range(2000):
+        resumption.add(reader.feed(event({"content": "more "}, id="second")))
+    usage = {"prompt_tokens": 12, "completion_tokens": 2000, "total_tokens": 2012}
+    reader.feed(event({}, id="second", finish="length"))
+    reader.feed(b"data: " + json.dumps({"id": "second", "choices": [], "usage": usage}).encode() + b"\n\n")
+    told = [json.loads(one.data) for one in sse.events(reader.last_bytes()) if one.data != b"[DONE]"]
+    assert told[-1]["usage"] == {"prompt_tokens": 10, "completion_tokens": 2002, "total_tokens": 2012}
+
+
+def test_half_a_character_passes_and_is_nothing_to_go_on_from() -> None:
+    resumption = broken_after("text", temperature=0)
+    resumption.add(b'data: {"choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}\n\n')
+    assert resumption.ways(VLLM, "two/big") == []
+
+
+def test_a_request_that_begins_the_answer_itself_is_not_prefilled_again() -> None:
+    resumption = Resumption(
+        {"messages": [QUESTION, {"role": "assistant", "content": "So:"}], "temperature": 0}
+    )
+    resumption.add(event({"content": " text"}))
+    assert resumption.ways(VLLM, "two/big") == ["restart"]
+
+
+def test_a_refused_restart_is_not_asked_for_again() -> None:
+    resumption = broken_after("text", temperature=0)
+    resumption.body(OTHER, "restart", "two/big")
+    assert not resumption.broken("two/big", UpstreamRefused())
