@@ -459,8 +459,8 @@ class TestStarting:
         launched = Launched(tmp_path, port=free_port())
         launched.wait_for("Penstock is ready.", timeout=90)
         # A supervisord that dies at once is not started again and again.
-        assert eventually(lambda: seconds_since_start(launched.process.pid) > 15)
         (before,) = children_with(launched.process.pid, "supervisor.supervisord")
+        assert eventually(lambda: seconds_since_start(before) > 15)
         family = descendants(before)
         os.kill(before, signal.SIGKILL)
         assert eventually(lambda: not [pid for pid in family if command_line(pid)], timeout=90)
