@@ -107,9 +107,12 @@ def classify(status: int, headers: Mapping[str, str], body: bytes) -> errors.Pro
 
 
 def classify_event(payload: Mapping[str, Any]) -> errors.ProviderError:
-    """An error inside a 200: in a stream, or in place of a completion."""
+    """An error inside a 200: in a stream, or in place of a completion. Its words are not passed on: of an answer with an
+    error's status they are cleaned of the credential before they come here, of a good answer they are not (R53).
+    """
     complaint = read_complaint(payload)
-    return _decide(complaint.number or _status_by_code(complaint), complaint, detail=complaint.message)
+    status = complaint.number or _status_by_code(complaint)
+    return _decide(status, complaint, detail=complaint.message, passed_on=False)
 
 
 def _status_by_code(complaint: Complaint) -> int:
@@ -126,10 +129,19 @@ def _status_by_code(complaint: Complaint) -> int:
 
 
 def _decide(
-    status: int, complaint: Complaint, *, detail: str, retry_after: float | None = None
+    status: int,
+    complaint: Complaint,
+    *,
+    detail: str,
+    retry_after: float | None = None,
+    passed_on: bool = True,
 ) -> errors.ProviderError:
     kind: type[errors.UpstreamError] = _class_for(status, complaint)
-    shown = complaint.message[: errors.MAX_DETAIL] if issubclass(kind, errors.UpstreamRefused) else None
+    shown = (
+        complaint.message[: errors.MAX_DETAIL]
+        if passed_on and issubclass(kind, errors.UpstreamRefused)
+        else None
+    )
     if status == 402:
         shown = "The provider says that the account of this credential has run out."
     return kind(shown, detail=detail, upstream_status=status, retry_after=retry_after, param=complaint.param)

@@ -542,3 +542,11 @@ def test_adapters_touch_no_socket_no_clock_no_setting_and_no_row() -> None:
     root = Path(adapters.__file__).parent
     for path in [*root.glob("*.py"), root.parent / "sse.py", root.parent / "destination.py"]:
         assert not forbidden.search(path.read_text()), path.name
+
+
+def test_r53_the_words_of_an_error_inside_a_good_answer_are_not_passed_on() -> None:
+    """It may repeat the credential, and only answers with an error's status are cleaned of it."""
+    told = {"error": {"message": "Bearer sk-secret-0123456789 may not do this", "code": 400}}
+    error = read_event(json.dumps(told).encode()).error
+    assert isinstance(error, errors.UpstreamRefused)
+    assert "secret" not in error.text
