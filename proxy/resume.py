@@ -91,6 +91,7 @@ class Resumption:
         One that refuses a prefilled answer is asked from the beginning, and the caller never hears of its refusal.
         """
         if self.broke is None:
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             self.broke = error
             return False
         if (
