@@ -105,8 +105,6 @@ class Journey:
 
         committed: the caller has a part of an answer, so that whatever others say of the request, it was a good one.
         """
-        # What is kept must not hold the frames that it came through: they hold us, and whole answers, until a collection.
-        error.__traceback__ = error.__cause__ = error.__context__ = None
         self._failures.append((candidate, error))
         if error.blame == "key" and candidate.spares:
             spare, *rest = candidate.spares

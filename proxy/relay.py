@@ -60,6 +60,8 @@ async def run(gateway: Gateway, call: Call, sink: Sink) -> None:
                         await _plain(gateway, attempt, sink)
                 return
             except ProviderError as error:
+                # It may be kept, and must not hold the frames it came through: they hold us, and whole answers.
+                error.__traceback__ = error.__cause__ = error.__context__ = None
                 if not sink.begun:
                     journey.failed(candidate, error)
                 elif resumption is None:

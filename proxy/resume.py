@@ -91,7 +91,6 @@ class Resumption:
         One that refuses a prefilled answer is asked from the beginning, and the caller never hears of its refusal.
         """
         if self.broke is None:
-            error.__traceback__ = error.__cause__ = error.__context__ = None
             self.broke = error
             return False
         if (
@@ -232,7 +231,7 @@ class ContinuationReader(AnswerReader):
         if self.failure is not None:
             return b""
         if isinstance(chunk.get("usage"), dict):
-            chunk["usage"] = self._usage_of_all(chunk["usage"])
+            chunk["usage"] = self._usage_of_all()
             keeps = True
         if not keeps:
             return b""
@@ -262,7 +261,7 @@ class ContinuationReader(AnswerReader):
             self._white = ""
         return self._seam.cross(text)
 
-    def _usage_of_all(self, told: dict[str, Any]) -> dict[str, Any]:
+    def _usage_of_all(self) -> dict[str, int]:
         """As if one provider had answered: the original prompt, and all tokens that were delivered."""
         usage = self.usage or Usage()
         prompt, completion = usage.prompt, usage.completion
