@@ -1,17 +1,23 @@
 """What the server allows a connection, the one exchange that runs on it, and the WebSocket it may become."""
 
 import asyncio
+import re
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from config.http_head import error_body, error_headers
 
 if TYPE_CHECKING:
     from config.server import Config
+
+
+# Lines of a response's head (RFC 9110, section 5): a token, and a text without control characters except the tab.
+HEAD_LINES = re.compile(rb"(?:[!#$%&'*+\-.^_`|~0-9a-z]+: [^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
+WITHOUT_BODY = (204, 304)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,65 @@ class Exchange(RequestResponseCycle):
             if (tell := state.get("on_leaving")) is not None:
                 tell()
         self.message_event.set()
+
+    async def send(self, message: Any) -> None:
+        """Write a part of the response. As uvicorn does it, but a head is checked whole and not header by header, which
+        for the sixteen of an answer of the data plane costs a third as much.
+        """
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        if self.response_complete:
+            raise RuntimeError("The response is complete already.")
+        if self.response_started:
+            self._send_body(message.get("body", b""), message.get("more_body", False))
+        else:
+            self._send_head(message["status"], [*self.default_headers, *message.get("headers", ())])
+
+    def _send_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        named = [(name.lower(), value) for name, value in headers]
+        lines = b"".join([b"%b: %b\r\n" % header for header in named])
+        # A value that holds a line break could pass for two good lines.
+        if lines.count(b"\n") != len(named) or HEAD_LINES.fullmatch(lines) is None:
+            raise RuntimeError("A header of the response is not valid.")
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        fields = dict(named)
+        if b"content-length" in fields:
+            self.chunked_encoding = False
+            self.expected_content_length = int(fields[b"content-length"])
+        if b"close" in fields.get(b"connection", b"").lower():
+            self.keep_alive = False
+        elif not self.keep_alive:
+            lines += b"connection: close\r\n"
+        if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in WITHOUT_BODY:
+            self.chunked_encoding = True
+            lines += b"transfer-encoding: chunked\r\n"
+        self.transport.write(b"%b%b\r\n" % (STATUS_LINE[status], lines))
+
+    def _send_body(self, body: bytes, more_body: bool) -> None:
+        if self.scope["method"] == "HEAD":
+            self.expected_content_length = 0
+        elif self.chunked_encoding:
+            chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+            self.transport.write(chunk if more_body else chunk + b"0\r\n\r\n")
+        else:
+            self.expected_content_length -= len(body)
+            if self.expected_content_length < 0:
+                raise RuntimeError("The response is longer than its Content-Length.")
+            self.transport.write(body)
+        if not more_body:
+            self._complete()
+
+    def _complete(self) -> None:
+        if self.expected_content_length:
+            raise RuntimeError("The response is shorter than its Content-Length.")
+        self.response_complete = True
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
 
     async def send_500_response(self) -> None:
         """The answer when the application raised before it answered."""

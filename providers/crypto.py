@@ -101,14 +101,12 @@ class Keyring:
 
     def open(self, sealed: str, *, aad: bytes) -> Secret:
         """The value; CredentialUndecryptable when the key is gone, or anything about it was changed."""
-        kid = key_id(sealed)
-        key = self.keys.get(kid)
-        blob = sealed.removeprefix(f"v1.{kid}.")
+        key = self.keys.get(key_id(sealed))
         if key is None:
             raise CredentialUndecryptable(detail="sealed under a key that is not in the keyring")
         try:
-            data = _unb64(blob)
-            return Secret(_cipher(key).decrypt(data[:12], data[12:], aad).decode())
+            nonce, data = _ciphertext(sealed)
+            return Secret(_cipher(key).decrypt(nonce, data, aad).decode())
         except (InvalidTag, ValueError, binascii.Error) as error:
             raise CredentialUndecryptable(
                 detail="the sealed value was changed or belongs elsewhere"
@@ -119,6 +117,14 @@ class Keyring:
         return hmac.new(self.marker, b"fingerprint|" + plaintext.encode(), hashlib.sha256).hexdigest()[:24]
 
 
+@functools.lru_cache(maxsize=1024)
+def _ciphertext(sealed: str) -> tuple[bytes, bytes]:
+    """Nonce and ciphertext of a sealed value. Each request needs its own again, and this much of it is no secret."""
+    data = _unb64(sealed.removeprefix(f"v1.{key_id(sealed)}."))
+    return data[:12], data[12:]
+
+
+@functools.lru_cache(maxsize=1024)
 def key_id(sealed: str) -> str:
     """The id of the data key that a value is sealed under; empty when it is no sealed value."""
     version, _, rest = sealed.partition(".")

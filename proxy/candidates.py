@@ -55,6 +55,15 @@ class Conditions(NamedTuple):
     resting: Mapping[int, float] = NONE
     may_force: Callable[[int], bool] = lambda provider_id: True
 
+    def nothing_against(self, providers: frozenset[int]) -> bool:
+        """Whether these providers and all keys are as configured: nobody is down or resting, no circuit is open."""
+        return (
+            not self.resting
+            and not self.weather.rejected
+            and providers.isdisjoint(self.weather.down)
+            and providers.isdisjoint(self.open_circuits)
+        )
+
 
 @dataclass(slots=True)
 class Sorted:

@@ -6,6 +6,7 @@ Nothing here waits for anything but the caller's body, one Redis script when the
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -95,7 +96,7 @@ def prepare(gateway: Gateway, request: Request, running: Running, held: Held, bo
         purpose="chat",
         model=chat.model,
         provider_id=chat.provider_id,
-        needs=needs_of(chat.body),
+        needs=functools.partial(needs_of, chat.body),
         routes=gateway.routes,
     )
     resume = chat.stream and _resumes(request, running.caller, plan) and may_resume(chat.body)

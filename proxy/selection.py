@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import NamedTuple
@@ -21,15 +21,21 @@ from proxy.errors import (
     NoProviderAvailable,
     UpstreamsLimited,
 )
-from proxy.needs import NAMES, NOTHING, Misfit, Needs, misfit, same_dimensions
+from proxy.needs import NAMES, NOTHING, UNKNOWN, Misfit, Needs, misfit, same_dimensions
 from proxy.snapshot import Choice, Snapshot, Upstream
 from proxy.strategies import ROUTES, Node, Option, Ranked, Route, RouteState, matches
+from proxy.weather import Weather
 
 MOST_MODELS = 20
 """Among how many models of its provider one is sought that fits, for a node that names none."""
 
 FEW_MODELS = 2
 """How many of those are tried; a request is dialled three times at most."""
+
+MOST_STANDINGS = 2000
+"""How many names are remembered: callers may make up models of a provider."""
+
+NOBODY: list[str] = []
 
 OURS = "penstock"
 """Who owns the models that are routes."""
@@ -63,6 +69,20 @@ class Resolved(NamedTuple):
         return self.rule.startswith("active:") and len(self.choices) > 1
 
 
+class Standing(NamedTuple):
+    """What a name means to a caller while configuration stays the same: the rule, and who can do it at all.
+
+    providers: their ids. described: whether something is known of their models that a request could ask too much of.
+    calm: where conditions alone decide, the plan for when there is nothing against any of them.
+    """
+
+    resolved: Resolved
+    able: Sequence[Named]
+    providers: frozenset[int]
+    described: bool
+    calm: Plan | None
+
+
 def plan(
     snapshot: Snapshot,
     conditions: Conditions,
@@ -71,11 +91,43 @@ def plan(
     purpose: str,
     model: str,
     provider_id: str,
-    needs: Needs = NOTHING,
+    needs: Callable[[], Needs] = lambda: NOTHING,
     routes: RouteState = ROUTES,
 ) -> Plan:
     """The candidates in order. Raises ModelNotFound, ModelNotAllowed, NoProviderAvailable or CredentialMissing, and
     ContextTooLong or InvalidRequest when no candidate could take what the request needs."""
+    standing = _standing(snapshot, caller, purpose=purpose, model=model, provider_id=provider_id)
+    able, left_out = standing.able, NOBODY
+    if standing.described:
+        able, left_out = fitting(snapshot, able, purpose=purpose, needs=needs())
+    if standing.calm is not None and not left_out and conditions.nothing_against(standing.providers):
+        return standing.calm
+    resolved = standing.resolved
+    if resolved.route is not None:
+        order = ranked(routes, resolved.route, able, conditions, hint=resolved.hint)
+        able = [each for each, _ in order]
+    found = sort_out(able, conditions, turn=routes.turn_of_key, window=functools.partial(_window, snapshot))
+    if not found.candidates:
+        raise _nobody(found)
+    return Plan(resolved.rule, model, tuple(found.candidates), (*left_out, *found.trace), resolved.resume)
+
+
+def _standing(snapshot: Snapshot, caller: Caller, *, purpose: str, model: str, provider_id: str) -> Standing:
+    """Worked out once for each name that is asked for, until the configuration changes."""
+    key = (purpose, model, provider_id, caller.allowed_models)
+    known: Standing | None = snapshot.standings.get(key)
+    if known is None:
+        if len(snapshot.standings) >= MOST_STANDINGS:
+            snapshot.standings.clear()
+        known = snapshot.standings[key] = _worked_out(
+            snapshot, caller, purpose=purpose, model=model, provider_id=provider_id
+        )
+    return known
+
+
+def _worked_out(
+    snapshot: Snapshot, caller: Caller, *, purpose: str, model: str, provider_id: str
+) -> Standing:
     resolved = resolve(snapshot, purpose=purpose, model=model, provider_id=provider_id)
     named = [
         (snapshot.upstreams[choice.provider_id], choice)
@@ -92,14 +144,16 @@ def plan(
     able = [
         (upstream, choice) for upstream, choice in named if upstream.kind.chat is not None and choice.model
     ]
-    able, left_out = fitting(snapshot, able, purpose=purpose, needs=needs)
-    if resolved.route is not None:
-        order = ranked(routes, resolved.route, able, conditions, hint=resolved.hint)
-        able = [each for each, _ in order]
-    found = sort_out(able, conditions, turn=routes.turn_of_key, window=functools.partial(_window, snapshot))
-    if not found.candidates:
-        raise _nobody(found)
-    return Plan(resolved.rule, model, tuple(found.candidates), (*left_out, *found.trace), resolved.resume)
+    # Vectors have to be of one length even where nothing is known of it.
+    described = purpose == "embeddings" or any(
+        snapshot.facts_of(upstream.id, choice.model) is not UNKNOWN for upstream, choice in able
+    )
+    calm = None
+    if resolved.route is None and all(len(upstream.credentials) < 2 for upstream, _ in able):
+        found = sort_out(able, Conditions(Weather()), window=functools.partial(_window, snapshot))
+        if found.candidates:
+            calm = Plan(resolved.rule, model, tuple(found.candidates), tuple(found.trace), resolved.resume)
+    return Standing(resolved, able, frozenset(upstream.id for upstream, _ in able), described, calm)
 
 
 def _nobody(found: Sorted) -> GatewayError:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from django.db import connection, transaction
 from django.db.models import Model
@@ -69,6 +69,8 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
+    """standings: what `selection` has worked out from this picture so far, and need not again."""
+
     version: int = 0
     callers: Mapping[str, Caller] = field(default_factory=dict)
     upstreams: Mapping[int, Upstream] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class Snapshot:
     facts: Mapping[tuple[int, str], ModelFacts] = field(default_factory=dict)
     active: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     routes: Mapping[str, Route] = field(default_factory=dict)
+    standings: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def caller_is_good(self, caller: Caller, now: float) -> bool:
         """Whether a key that was good when its request began still is; a rotated one is."""

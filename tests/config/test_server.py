@@ -352,6 +352,24 @@ def test_an_application_that_raises_answers_json_without_the_reason(toy: Toy) ->
     assert b"secret" not in answer
 
 
+@pytest.mark.parametrize("name", ["line-break", "bare-lf", "bare-cr", "nul", "space", "colon", "no-name"])
+def test_an_answer_with_a_header_that_is_none_is_not_sent(toy: Toy, name: str) -> None:
+    answer = toy.ask(b"GET /bad-header?%b HTTP/1.1\r\nHost: a\r\n\r\n" % name.encode())
+    assert statuses(answer) == [500]
+    assert b"x-c" not in answer
+    assert b"x-a" not in answer
+
+
+@pytest.mark.parametrize("said", [2, 5])
+def test_an_answer_of_another_length_than_it_says_ends_the_connection(toy: Toy, said: int) -> None:
+    with toy.dial() as sock:
+        sock.sendall(b"GET /length?%d HTTP/1.1\r\nHost: a\r\n\r\n" % said)
+        answer = read_to_end(sock)
+    assert header(answer, b"content-length") == b"%d" % said
+    assert len(answer.partition(b"\r\n\r\n")[2]) < max(said, 4)
+    assert toy.seen()["running"] == 0
+
+
 # -- keep-alive, pipelining and refused bodies (F17) ------------------------------------------------------------------
 
 

@@ -120,6 +120,31 @@ async def broken(scope: Any, receive: Any, send: Any) -> None:
     raise ValueError("a secret detail")
 
 
+BAD_HEADERS = {
+    b"line-break": (b"x-a", b"b\r\nx-c: d"),
+    b"bare-lf": (b"x-a", b"b\nx-c: d"),
+    b"bare-cr": (b"x-a", b"b\rx"),
+    b"nul": (b"x-a", b"b\0"),
+    b"space": (b"x a", b"b"),
+    b"colon": (b"x:a", b"b"),
+    b"no-name": (b"", b"b"),
+}
+
+
+async def bad_header(scope: Any, receive: Any, send: Any) -> None:
+    """`/bad-header?name`: an answer with that header."""
+    headers = [BAD_HEADERS[scope["query_string"]], (b"content-length", b"0")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def length(scope: Any, receive: Any, send: Any) -> None:
+    """`/length?5`: an answer that says it has this many bytes, and has 3."""
+    headers = [(b"Content-Length", scope["query_string"])]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"abc"})
+
+
 async def what_was_seen(scope: Any, receive: Any, send: Any) -> None:
     await answer(send, 200, {**seen, "running": drain.running})
 
@@ -175,6 +200,8 @@ PAGES = {
     "/seen": what_was_seen,
     "/unread": unread,
     "/broken": broken,
+    "/bad-header": bad_header,
+    "/length": length,
     "/stream": stream,
     "/stubborn": stubborn,
     "/flood": flood,

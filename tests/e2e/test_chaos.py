@@ -154,7 +154,9 @@ class Callers:
             except aiohttp.ClientPayloadError:
                 told.whole = False
             # What came after the last whole event is not one.
-            told.body = bytes(received[: received.rfind(b"\n\n") + 2] if told.left else received)
+            told.body = bytes(
+                received[: received.rfind(b"\n\n") + 2] if told.left and told.streamed else received
+            )
             told.took = time.monotonic() - began
             return told
 
@@ -205,6 +207,7 @@ def chaos(callers: int, seconds: float, *, growth: float) -> None:
             early = rss(pid)
             asyncio.run(held.run(callers, seconds * 2 / 3, prefix="b"))
             late = rss(pid)
+            print(f"{early:.0f} MB after a third, {late:.0f} MB at the end")
             assert gateway.process().alive
             judge(held, chance)
             rows = settled_usage_rows(gateway)

@@ -35,7 +35,7 @@ def plan_of(
         purpose=purpose,
         model=model,
         provider_id="",
-        needs=needs or Needs(),
+        needs=lambda: needs or Needs(),
         routes=how.pop("routes", RouteState()),
     )
 
@@ -213,6 +213,28 @@ def test_embeddings_never_change_their_length(house: House, upstream: Upstream) 
         plan = plan_of(house, "vectors", purpose="embeddings")
         assert sorted(names(plan)) == ["one/one", "three/three"]
         assert plan.trace[0] == "two/two: makes vectors of another length"
+
+
+def test_what_a_name_meant_a_moment_ago_is_no_answer_for_another_key_request_or_weather(pair: House) -> None:
+    """What was worked out is kept while configuration stays the same; all that does not follow from it is asked each time."""
+    pair.activate((1, "tiny"), (2, "big"))
+    assert names(plan_of(pair, "")) == ["first/tiny", "second/big"]
+    assert plan_of(pair, "") is plan_of(pair, "")
+    assert names(plan_of(pair, "", open_circuits={1: 9.0})) == ["second/big"]
+    pair.weather(down={1: "timeout"})
+    assert names(plan_of(pair, "")) == ["second/big"]
+    pair.weather(down={})
+    with pytest.raises(ModelNotAllowed):
+        plan_of(pair, "tiny", caller=Caller(1, "k", "app", "", "", 1, allowed_models=("big",)))
+    pair.know(1, "tiny", context_window=10)
+    assert names(plan_of(pair, "")) == ["first/tiny", "second/big"]
+    assert names(plan_of(pair, "", needs=Needs(prompt_bytes=1000))) == ["second/big"]
+
+
+def test_names_that_callers_make_up_are_forgotten_again(pair: House) -> None:
+    for number in range(3000):
+        plan_of(pair, f"first/{number}")
+    assert len(pair.watcher.snapshot.standings) <= selection.MOST_STANDINGS
 
 
 def test_configuration_says_whether_a_broken_stream_is_resumed(pair: House) -> None:
