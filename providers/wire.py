@@ -106,12 +106,14 @@ class Event(NamedTuple):
     """What one event of an upstream's stream means for us.
 
     commits: it carries content, reasoning, a tool call or a finish reason, so the answer has begun.
+    finish_reason: the first that there is; finished: how many of its choices have one.
     usage_only: it exists because we asked for usage, and is not passed on to a caller who did not.
     error: the provider reports a failure inside its stream.
     """
 
     commits: bool = False
     finish_reason: str | None = None
+    finished: int = 0
     usage: Usage | None = None
     usage_only: bool = False
     done: bool = False

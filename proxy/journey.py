@@ -15,7 +15,9 @@ from typing import Self
 
 from providers.errors import (
     ContextLengthExceeded,
+    Interrupted,
     ProviderError,
+    UpstreamFailed,
     UpstreamModelNotFound,
     UpstreamRateLimited,
 )
@@ -123,11 +125,14 @@ class Journey:
         self._untried.appendleft(candidate)
 
     def verdict(self) -> ProviderError:
-        """One error for all: 429 and 404 only when every one said so, else the last that is neither."""
+        """One error for all, who gave the caller nothing: 429 and 404 only when every one said so, else the last that is
+        neither. An answer that broke off is no broken stream to a caller who never saw it begin."""
         failures = [error for _, error in self._failures]
         others = [
             error for error in failures if not isinstance(error, UpstreamRateLimited | UpstreamModelNotFound)
         ]
+        if others and isinstance(others[-1], Interrupted):
+            return UpstreamFailed("The provider's answer broke off before it was complete.")
         if others:
             return others[-1]
         limited = [error for error in failures if isinstance(error, UpstreamRateLimited)]
