@@ -25,9 +25,9 @@ from providers.fields import raw
 from providers.keyring import WrongEncryptionKey
 from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
 from providers.wire import Credential, Endpoint, Kind, Purpose, origin_of
+from proxy import prices as price_table
 from proxy.auth import Caller
 from proxy.models import GatewayKey, ModelRoute, PriceList, RouteNode
-from proxy import prices as price_table
 from proxy.needs import UNKNOWN, ModelFacts
 from proxy.price_book import PriceBook
 from proxy.price_source import vendor_of
