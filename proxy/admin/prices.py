@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, ClassVar
 
 from django import forms
@@ -80,10 +81,20 @@ class PriceForm(VersionedForm):
         fields: ClassVar[list[str]] = []
         help_texts: ClassVar = {
             "model": "The name that the provider knows the model by; * stands for anything. Example: gpt-4o*",
-            "effective_from": "UTC. Now, or a time to come.",
+            "effective_from": "UTC. Empty: now. Never in the past.",
             "effective_until": "UTC. Empty: until somebody ends it.",
             "note": "Why, for whoever reads it later.",
         }
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "effective_from" in self.fields:
+            # Not filled with the moment at which the page was opened: that lies in the past when it is sent.
+            self.fields["effective_from"].required = False
+            self.initial["effective_from"] = None
+
+    def clean_effective_from(self) -> datetime:
+        return self.cleaned_data.get("effective_from") or timezone.now()
 
     def clean_request(self) -> int:
         return self.cleaned_data.get("request") or 0

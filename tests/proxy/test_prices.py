@@ -399,7 +399,7 @@ def test_the_database_refuses_a_price_that_cannot_be(fields: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "nonsense",
     [
-        {"tiers": {"prompt": [["x", 1]]}}, {"tiers": []}, {"hours": [{"from": 1}]}, {"match": {"like": "x"}},
+        {"tiers": {"prompt": [["x", 1]]}}, {"tiers": [1]}, {"hours": [{"from": 1}]}, {"match": {"like": "x"}},
         {"tiers": {"prompt": 5}}, {"hours": 3},
     ],
 )  # fmt: skip

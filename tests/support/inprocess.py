@@ -185,7 +185,10 @@ class House:
         said: dict[int, list[Override]] = {}
         for number, model, price in prices:
             said.setdefault(number, []).append(Override(model, Dated(0.0, FOREVER, price)))
-        self._change(prices=PriceBook(overrides=said))
+        self.price_by(PriceBook(overrides=said))
+
+    def price_by(self, book: PriceBook) -> None:
+        self._change(prices=book)
 
     def know(self, provider_id: int, model: str, **facts: Any) -> None:
         """What is known of a model (fields of ModelFacts)."""
