@@ -37,6 +37,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         "models": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "active": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "routes": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
+        "prices": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "api_keys": {Role.VIEWER: _READ, Role.OPERATOR: frozenset({"read", "add", "replace", "test"})},
         "gateway_keys": {
             Role.VIEWER: _READ,
@@ -64,6 +65,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "models": ("providers.upstreammodel",),
         "active": ("providers.activeprovider", "providers.activetarget"),
         "routes": ("proxy.modelroute", "proxy.routenode"),
+        "prices": ("proxy.modelprice",),
         "api_keys": ("providers.apikey", "providers.keyuse"),
         "gateway_keys": ("proxy.gatewaykey", "proxy.gatewaykeyuse"),
         "usage": ("proxy.usagerecord",),
@@ -82,6 +84,7 @@ WRITTEN_BY_NOBODY: Final = frozenset(
         "providers.keyuse",
         "providers.jobrun",
         "proxy.gatewaykeyuse",
+        "proxy.pricelist",
         "proxy.usagerecord",
         "proxy.spoolsegment",
     }

@@ -89,6 +89,7 @@ UNFOLD: dict[str, Any] = {
                 "separator": True,
                 "items": [
                     _page("Usage", "bar_chart", "proxy.usagerecord"),
+                    _page("Prices", "payments", "proxy.modelprice"),
                     _page("Health checks", "monitor_heart", "providers.healthcheck"),
                     _page("Audit log", "history", "audit.entry"),
                 ],

@@ -1,4 +1,5 @@
 from proxy.models.keys import GatewayKey, GatewayKeyUse
+from proxy.models.prices import ModelPrice, PriceList
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
 from proxy.models.usage import SpoolSegment, UsageRecord
 
@@ -6,7 +7,9 @@ __all__ = [
     "GatewayKey",
     "GatewayKeyUse",
     "Mode",
+    "ModelPrice",
     "ModelRoute",
+    "PriceList",
     "RouteNode",
     "SpoolSegment",
     "Strategy",

@@ -28,6 +28,8 @@ from proxy.endpoints import http_routes, websocket_routes
 from proxy.gateway import Gateway
 from proxy.inflight import Registry
 from proxy.needs import ModelFacts
+from proxy.price_book import FOREVER, Dated, Override, PriceBook
+from proxy.pricing import Price
 from proxy.segments import read
 from proxy.snapshot import Choice, Snapshot, Upstream
 from proxy.strategies import Node, Route
@@ -177,6 +179,16 @@ class House:
         route = Route(number, name, mode, strategy, made, **fields)
         self._change(routes={**self._snapshot.routes, name: route})
         return route
+
+    def charge(self, *prices: tuple[int, str, Price]) -> None:
+        """Let models of providers cost something, as overrides do; the names may hold `*`."""
+        said: dict[int, list[Override]] = {}
+        for number, model, price in prices:
+            said.setdefault(number, []).append(Override(model, Dated(0.0, FOREVER, price)))
+        self.price_by(PriceBook(overrides=said))
+
+    def price_by(self, book: PriceBook) -> None:
+        self._change(prices=book)
 
     def know(self, provider_id: int, model: str, **facts: Any) -> None:
         """What is known of a model (fields of ModelFacts)."""
