@@ -261,10 +261,11 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 3600.0,
         "options": {"expires": 1800},
     },
+    # Once a day is enough; every five minutes, because a new installation should not be without prices for long.
     "refresh-prices": {
         "task": "proxy.tasks.refresh_prices",
-        "schedule": 3600.0,
-        "options": {"expires": 1800},
+        "schedule": 300.0,
+        "options": {"expires": 250},
     },
     "anchor-head": {"task": "audit.tasks.anchor_head", "schedule": 60.0, "options": {"expires": 50}},
 }

@@ -135,12 +135,10 @@ def test_an_override_is_ended_after_a_question(operator: User) -> None:
     end = reverse("admin:proxy_modelprice_end", args=[row.pk])
     assert end in client.get(reverse("admin:proxy_modelprice_change", args=[row.pk])).content.decode()
     assert client.get(end).status_code == 200
-    row.refresh_from_db()
-    assert row.effective_until is None
+    assert ModelPrice.objects.get().effective_until is None
 
     assert client.post(end).status_code == 302
-    row.refresh_from_db()
-    assert row.effective_until is not None
+    assert ModelPrice.objects.get().effective_until is not None
     assert client.post(end).status_code == 404
 
 

@@ -29,7 +29,7 @@ BODY = {
 def listed() -> ModelPrice:
     """A price of the list, with a tier and an hour of the day, and the one before it."""
     values = {"source": "package", "vendor": "openai", "model": "gpt-4o", "completion": 0}
-    hour = {
+    hour: dict[str, Any] = {
         "from": 3600,
         "until": 7200,
         "prompt": 10**9,

@@ -200,5 +200,6 @@ def test_a_bill_is_made_of_our_rows_and_a_price_of_today_changes_no_record_of_ye
     assert (first.price_id, second.price_id) == (yesterday.pk, today.pk)
     assert first.cost_nanodollars == first.total_tokens * 1000
     assert second.cost_nanodollars == second.total_tokens * 5000
-    assert ModelPrice.objects.get(pk=first.price_id).prompt == 1_000_000_000
+    yesterday.refresh_from_db()
+    assert yesterday.prompt == 1_000_000_000
     assert not first.unpriced and prices.unpriced(first.created_at).requests == 0
