@@ -441,6 +441,7 @@ AUDIT_WATCH = [
     "providers.ActiveTarget",
     "proxy.GatewayKey",
     "proxy.ModelRoute",
+    "proxy.OwnerLimits",
     "proxy.RouteNode",
 ]
 AUDIT_ANCHOR_FILE = DATA_DIR / "audit-head.log"

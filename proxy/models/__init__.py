@@ -1,4 +1,5 @@
 from proxy.models.keys import GatewayKey, GatewayKeyUse
+from proxy.models.owners import OwnerLimits
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
 from proxy.models.usage import SpoolSegment, UsageRecord
 
@@ -7,6 +8,7 @@ __all__ = [
     "GatewayKeyUse",
     "Mode",
     "ModelRoute",
+    "OwnerLimits",
     "RouteNode",
     "SpoolSegment",
     "Strategy",

@@ -72,6 +72,12 @@ MATRIX: list[tuple[str, str, str]] = [
     ("delete", "gateway-keys/{gateway}", ADMIN),
     ("post", "gateway-keys/{gateway}/revoke", "m" + WRITE),
     ("post", "gateway-keys/{gateway}/rotate", "m" + WRITE),
+    ("get", "owner-limits", READ),
+    ("post", "owner-limits", ADMIN),
+    ("get", "owner-limits/{limits}", READ),
+    ("put", "owner-limits/{limits}", ADMIN),
+    ("patch", "owner-limits/{limits}", ADMIN),
+    ("delete", "owner-limits/{limits}", ADMIN),
 ]
 LETTERS = {"member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S"}
 
@@ -96,7 +102,10 @@ def things(people: dict[str, User]) -> dict[str, Any]:
     route = client.post(f"{V1}/model-routes", {"name": "fast", "nodes": [{"provider_id": server}]}).json()[
         "id"
     ]
-    return {"server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route}
+    limits = client.post(f"{V1}/owner-limits", {"owner": "the-member"}).json()["id"]
+    return {
+        "server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route, "limits": limits,
+    }  # fmt: skip
 
 
 def test_the_matrix(people: dict[str, User], things: dict[str, Any]) -> None:
@@ -138,6 +147,7 @@ def _routes() -> Iterator[tuple[str, set[str]]]:
         "api-keys": "{key}",
         "active": "{purpose}",
         "model-routes": "{route}",
+        "owner-limits": "{limits}",
     }
     for pattern in (*router.urls, *active_router.urls):
         actions = getattr(pattern.callback, "actions", {})

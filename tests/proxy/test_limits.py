@@ -84,7 +84,7 @@ async def make(valkey: Valkey) -> AsyncIterator[Callable[..., Limits]]:
 
 async def take(limits: Limits, who: Caller, tokens: int = 1) -> Held:
     """A request that came and went."""
-    async with limits.hold(who, member="r", tokens=tokens) as held:
+    async with limits.hold(who.scopes, member="r", tokens=tokens) as held:
         return held
 
 
@@ -154,8 +154,9 @@ async def test_a_hold_is_one_command(make: Any, client: redis.Redis) -> None:
     limits = make()
     who = caller(requests=100, tokens=100_000, running=10)
     await take(limits, who)
+    await limits.sweep()
     client.config_resetstat()
-    async with limits.hold(who, member="r", tokens=10):
+    async with limits.hold(who.scopes, member="r", tokens=10):
         stats = client.info("commandstats")
         assert stats["cmdstat_evalsha"]["calls"] == 1
 
@@ -181,7 +182,7 @@ async def test_200_at_once_over_two_processes_get_exactly_the_places(make: Any, 
     async with AsyncExitStack() as stack:
         taken = await count_taken(
             [
-                stack.enter_async_context((one, two)[n % 2].hold(who, member="same", tokens=1))
+                stack.enter_async_context((one, two)[n % 2].hold(who.scopes, member="same", tokens=1))
                 for n in range(200)
             ]
         )
@@ -223,7 +224,7 @@ async def test_the_window_slides(make: Any, client: redis.Redis) -> None:
 
 async def test_the_keys_expire(make: Any, client: redis.Redis) -> None:
     limits, who = make(), caller(requests=5, tokens=500, running=5)
-    async with limits.hold(who, member="r", tokens=1):
+    async with limits.hold(who.scopes, member="r", tokens=1):
         for what, most in (("r", 120), ("t", 120), ("c", 31)):
             assert 0 < client.ttl(f"penstock:limit:{{k}}:{what}") <= most
 
@@ -258,7 +259,7 @@ async def test_only_limits_that_are_set_have_headers(make: Any) -> None:
 async def test_a_correction_counts_the_true_total(make: Any, client: redis.Redis) -> None:
     limits, who = make(), caller(tokens=1000)
     async with far_from_the_minute(client):
-        async with limits.hold(who, member="r", tokens=100) as held:
+        async with limits.hold(who.scopes, member="r", tokens=100) as held:
             held.correct(700)
             held.correct(600)
         await limits.sweep()
@@ -274,7 +275,7 @@ async def test_what_was_estimated_too_high_goes_back_to_its_own_minute(
 ) -> None:
     limits, who, key = make(), caller(tokens=10_000), "penstock:limit:{k}:t"
     async with far_from_the_minute(client):
-        async with limits.hold(who, member="r", tokens=5000) as held:
+        async with limits.hold(who.scopes, member="r", tokens=5000) as held:
             await age(client, key)
             held.remote_minute -= 1  # the clock of Valkey cannot be moved
             await take(limits, who, tokens=700)
@@ -300,7 +301,7 @@ async def test_a_total_beyond_all_measure_is_counted_as_a_large_one(make: Any, c
 async def test_a_place_is_free_again_when_the_request_ends(make: Any) -> None:
     limits, who = make(), caller(running=1)
     for _ in range(20):
-        async with limits.hold(who, member="r", tokens=1):
+        async with limits.hold(who.scopes, member="r", tokens=1):
             with pytest.raises(ConcurrencyLimited) as caught:
                 await take(limits, who)
             assert caught.value.retry_after == 1
@@ -319,7 +320,7 @@ async def test_a_place_is_free_again_when_the_request_is_cancelled(make: Any, cl
     limits, who = make(), caller(running=1)
 
     async def work() -> None:
-        async with limits.hold(who, member="r", tokens=1):
+        async with limits.hold(who.scopes, member="r", tokens=1):
             await asyncio.sleep(60)
 
     task = asyncio.create_task(work())
@@ -345,8 +346,8 @@ async def test_cancelling_while_redis_is_asked_loses_no_place(make: Any, client:
 async def test_the_places_of_a_dead_process_are_freed_by_their_lease(make: Any, client: redis.Redis) -> None:
     dead, alive, who = make(lease_seconds=0.4), make(lease_seconds=0.4), caller(running=2)
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(dead.hold(who, member="r", tokens=1))
-        await stack.enter_async_context(alive.hold(who, member="r", tokens=1))
+        await stack.enter_async_context(dead.hold(who.scopes, member="r", tokens=1))
+        await stack.enter_async_context(alive.hold(who.scopes, member="r", tokens=1))
         await refused(alive, who)
         deadline = time.monotonic() + 5
         while True:  # Only the living one sweeps.
@@ -358,20 +359,20 @@ async def test_the_places_of_a_dead_process_are_freed_by_their_lease(make: Any, 
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.05)
         assert client.zcard("penstock:limit:{k}:c") >= 1
-        await stack.enter_async_context(alive.hold(who, member="r", tokens=1))
+        await stack.enter_async_context(alive.hold(who.scopes, member="r", tokens=1))
         await refused(alive, who)
 
 
 async def test_two_requests_with_the_same_id_take_two_places(make: Any) -> None:
     limits, who = make(), caller(running=1)
-    async with limits.hold(who, member="chosen by the caller", tokens=1):
+    async with limits.hold(who.scopes, member="chosen by the caller", tokens=1):
         await refused(limits, who)
 
 
 @pytest.mark.parametrize("member", ["x" * 100_000, "\udcff", "\r\n", ""])
 async def test_whatever_a_request_is_called_the_others_go_on(make: Any, member: str) -> None:
     limits = make()
-    async with limits.hold(caller(running=1), member=member, tokens=10**30) as held:
+    async with limits.hold(caller(running=1).scopes, member=member, tokens=10**30) as held:
         held.correct(10**40)
         await refused(limits, caller(running=1))
     assert not limits.local
@@ -382,7 +383,7 @@ async def test_whatever_a_request_is_called_the_others_go_on(make: Any, member: 
 
 async def test_f20_flushall_heals_with_the_next_sweep(make: Any, client: redis.Redis) -> None:
     limits, other, who = make(), make(), caller(running=2, requests=100)
-    async with limits.hold(who, member="r", tokens=1), limits.hold(who, member="r", tokens=1):
+    async with limits.hold(who.scopes, member="r", tokens=1), limits.hold(who.scopes, member="r", tokens=1):
         client.flushall()
         await limits.sweep()
         assert client.zcard("penstock:limit:{k}:c") == 2
@@ -463,7 +464,10 @@ async def test_f19_each_process_grants_its_share_and_the_count_goes_on(
         await refused(limits, caller("t", tokens=4000), tokens=1001)
         clock.now += 121
         places = caller("c", running=8)
-        async with limits.hold(places, member="r", tokens=1), limits.hold(places, member="r", tokens=1):
+        async with (
+            limits.hold(places.scopes, member="r", tokens=1),
+            limits.hold(places.scopes, member="r", tokens=1),
+        ):
             await refused(limits, places)
 
 
@@ -485,7 +489,7 @@ async def test_f19_redis_that_comes_back_learns_what_was_admitted(
         assert await count_taken([take(limits, who, tokens=50) for _ in range(9)]) == 9
         held = await take(limits, who, tokens=50)
         held.correct(150)
-        async with limits.hold(who, member="r", tokens=50):
+        async with limits.hold(who.scopes, member="r", tokens=50):
             valkey.resume()
             await limits.sweep()
             assert limits.local  # it rests
@@ -506,7 +510,7 @@ async def test_f19_what_ended_while_redis_hung_is_released_when_it_is_back(
 ) -> None:
     clock = Clock()
     limits, who = make(clock=clock), caller(running=2)
-    async with limits.hold(who, member="r", tokens=1), limits.hold(who, member="r", tokens=1):
+    async with limits.hold(who.scopes, member="r", tokens=1), limits.hold(who.scopes, member="r", tokens=1):
         valkey.pause()
         await break_link(limits)
     valkey.resume()
@@ -649,7 +653,7 @@ async def test_r56_garbage_in_redis_is_deleted_and_never_believed(
             GARBAGE[kind](client, f"penstock:limit:{{k}}:{what}", bad)
         await limits.sweep()
         taken = await count_taken(
-            [stack.enter_async_context(limits.hold(who, member="r", tokens=10)) for _ in range(6)]
+            [stack.enter_async_context(limits.hold(who.scopes, member="r", tokens=10)) for _ in range(6)]
         )
         assert taken == 3
         for what in "rtc":
@@ -723,10 +727,10 @@ async def test_a_request_larger_than_the_limit_is_told_so() -> None:
 async def test_in_one_process_a_place_is_free_again_after_an_error_and_a_cancel() -> None:
     limits, who = Limits(""), caller(running=1)
     with pytest.raises(RuntimeError):
-        async with limits.hold(who, member="r", tokens=1):
+        async with limits.hold(who.scopes, member="r", tokens=1):
             raise RuntimeError
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0), limits.hold(who, member="r", tokens=1):
+        async with asyncio.timeout(0), limits.hold(who.scopes, member="r", tokens=1):
             await asyncio.sleep(60)
     await take(limits, who)
 
@@ -741,7 +745,7 @@ async def test_corrections_count_in_one_process_too() -> None:
     late = await take(Limits("", clock=(clock := Clock())), caller(tokens=1000), 1000)
     clock.now += 60
     late.correct(400)
-    assert late.state.admitted.tokens.read(int(clock.now * SECOND)) == Reading(0, 0, 400)  # type: ignore[attr-defined]  # what headers would say
+    assert late.states[0].admitted.tokens.read(int(clock.now * SECOND)) == Reading(0, 0, 400)  # type: ignore[attr-defined]  # what headers would say
 
 
 async def test_idle_keys_are_forgotten_and_running_ones_are_not() -> None:
@@ -749,7 +753,7 @@ async def test_idle_keys_are_forgotten_and_running_ones_are_not() -> None:
     limits = Limits("", clock=clock)
     for number in range(1000):
         await take(limits, caller(f"k{number}", requests=10, tokens=10, running=3))
-    async with limits.hold(caller("busy", running=1), member="r", tokens=1):
+    async with limits.hold(caller("busy", running=1).scopes, member="r", tokens=1):
         assert len(limits._book) == 1001
         clock.now += 121
         for _ in range(60):
