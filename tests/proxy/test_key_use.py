@@ -78,6 +78,21 @@ def test_attempts_count_for_their_keys(
     assert (gateway_use.requests_count, gateway_use.last_used_at) == (3, latest)
 
 
+def test_the_mark_of_the_last_use_moves_once_a_minute_at_the_most(
+    attempt: Attempt, directory: Path, api_key: ApiKey, gateway_key: GatewayKey
+) -> None:
+    seen = []
+    for seconds in (0, 5, 59, 60, 61, 119, 121):
+        attempt(start={"created_at": AT + 1000 * seconds})
+        usage.drain(directory)
+        use = GatewayKeyUse.objects.get(gateway_key=gateway_key)
+        assert use.last_used_at == KeyUse.objects.get(api_key=api_key).last_used_at
+        assert use.last_used_at is not None
+        seen.append(round(use.last_used_at.timestamp() - AT / 1000))
+    assert seen == [0, 0, 0, 60, 60, 60, 121]
+    assert use.requests_count == 7
+
+
 def test_a_second_attempt_is_no_second_request_of_the_gateway_key(
     attempt: Attempt, directory: Path, api_key: ApiKey, gateway_key: GatewayKey
 ) -> None:
