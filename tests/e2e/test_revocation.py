@@ -80,6 +80,7 @@ def socket_of(gateway: Gateway, key: str) -> ClientConnection:
     return connect(address, additional_headers={"Authorization": f"Bearer {key}"}, proxy=None)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("redis", ["without Redis", "Redis hangs"])
 def test_r15_a_key_that_ends_stops_within_a_second_on_every_worker_stream_and_socket(redis: str) -> None:
     slow = answers.ok(chunks=1500, delay=0.02)
