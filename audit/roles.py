@@ -44,6 +44,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
             Role.OPERATOR: frozenset({"read", "add", "revoke", "rotate"}),
             Role.MEMBER: frozenset({"read", "revoke", "rotate"}),
         },
+        "owner_limits": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "audit": {Role.OPERATOR: _READ},
         "key_stores": {},
@@ -68,6 +69,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "prices": ("proxy.modelprice",),
         "api_keys": ("providers.apikey", "providers.keyuse"),
         "gateway_keys": ("proxy.gatewaykey", "proxy.gatewaykeyuse"),
+        "owner_limits": ("proxy.ownerlimits",),
         "usage": ("proxy.usagerecord",),
         "audit": ("audit.entry",),
     }

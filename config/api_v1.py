@@ -12,6 +12,7 @@ from providers.api.api_keys import ApiKeys
 from providers.api.views import Servers, VendorsAndServers
 from proxy.api.gateway_keys import GatewayKeys
 from proxy.api.model_routes import ModelRoutes
+from proxy.api.owners import OwnersLimits
 from proxy.api.prices import Prices
 
 
@@ -47,6 +48,7 @@ router.register("api-keys", ApiKeys, basename="api-key")
 router.register("model-routes", ModelRoutes, basename="model-route")
 router.register("prices", Prices, basename="price")
 router.register("gateway-keys", GatewayKeys, basename="gateway-key")
+router.register("owner-limits", OwnersLimits, basename="owner-limits")
 active_router = ActiveRouter()
 active_router.register("active", Active, basename="active")
 

@@ -447,6 +447,7 @@ AUDIT_WATCH = [
     "providers.ActiveTarget",
     "proxy.GatewayKey",
     "proxy.ModelRoute",
+    "proxy.OwnerLimits",
     "proxy.RouteNode",
     "proxy.ModelPrice",
 ]

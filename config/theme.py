@@ -82,7 +82,10 @@ UNFOLD: dict[str, Any] = {
             },
             {
                 "title": "3 · Give access",
-                "items": [_page("Gateway keys", "vpn_key", "proxy.gatewaykey")],
+                "items": [
+                    _page("Gateway keys", "vpn_key", "proxy.gatewaykey"),
+                    _page("Limits of owners", "speed", "proxy.ownerlimits"),
+                ],
             },
             {
                 "title": "Observe",
@@ -99,7 +102,7 @@ UNFOLD: dict[str, Any] = {
                 "separator": True,
                 "items": [
                     _page("Users", "person", "auth.user"),
-                    _page("Roles", "group", "auth.group"),
+                    _page("Roles and teams", "group", "auth.group"),
                 ],
             },
         ],

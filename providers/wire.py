@@ -41,15 +41,27 @@ class Timeouts:
     request: float = 600.0
 
 
+class Quota(NamedTuple):
+    """How much may be asked: requests and tokens a minute, and requests at the same time. None is no limit."""
+
+    requests: int | None = None
+    tokens: int | None = None
+    running: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A key as it is stored: sealed text or a reference (`env://NAME`), never the value itself."""
+    """A key as it is stored: sealed text or a reference (`env://NAME`), never the value itself.
+
+    quota: what is asked with it at the most, so that we stay below the vendor's own limits.
+    """
 
     key_id: int
     uid: str
     name: str
     stored: str = field(repr=False)
     weight: int = 1
+    quota: Quota | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.db import models
-from django.db.models import F, Value
-from django.db.models.functions import Coalesce, Greatest
+from django.db.models import Case, F, Q, Value, When
 
 from providers.models import ApiKey, KeyUse
 from proxy.models import GatewayKey, GatewayKeyUse
@@ -20,6 +19,9 @@ from proxy.usage_rows import Row
 
 MOST = 2**45
 """What one attempt can add: a provider may tell any number, and the sums are 64 bits wide."""
+
+LAST_USED_EVERY = timedelta(minutes=1)
+"""How often the mark of the last use moves at the most: nobody needs it finer, and whoever watches the column has peace."""
 
 
 @dataclass(slots=True)
@@ -61,9 +63,10 @@ def _add(sums: dict[int, Sum], pk: int | None, row: Row, requests: int) -> None:
 def _store(
     keys: type[models.Model], uses: type[models.Model], pk: int, one: Sum, sums: dict[str, int]
 ) -> None:
-    last = Value(one.last_used_at, models.DateTimeField())
     changed: dict[str, Any] = {name: F(name) + more for name, more in sums.items()}
-    changed["last_used_at"] = Greatest(Coalesce("last_used_at", last), last)
+    old = Q(last_used_at=None) | Q(last_used_at__lte=one.last_used_at - LAST_USED_EVERY)
+    last = Value(one.last_used_at, models.DateTimeField())
+    changed["last_used_at"] = Case(When(old, then=last), default=F("last_used_at"))
     row = uses._default_manager.filter(pk=pk)
     if not row.update(**changed) and keys._default_manager.filter(pk=pk).exists():
         uses._default_manager.get_or_create(pk=pk)

@@ -24,11 +24,12 @@ from providers.errors import UnknownKind
 from providers.fields import raw
 from providers.keyring import WrongEncryptionKey
 from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
-from providers.wire import Credential, Endpoint, Kind, Purpose, origin_of
+from providers.wire import Credential, Endpoint, Kind, Purpose, Quota, origin_of
 from proxy import prices as price_table
 from proxy.auth import Caller
-from proxy.models import GatewayKey, ModelRoute, PriceList, RouteNode
+from proxy.models import GatewayKey, ModelRoute, OwnerLimits, PriceList, RouteNode
 from proxy.needs import UNKNOWN, ModelFacts
+from proxy.owners import text_of
 from proxy.price_book import PriceBook
 from proxy.price_source import vendor_of
 from proxy.pricing import Price
@@ -189,16 +190,18 @@ def _readable(rows: Iterable[Row], make: Callable[[Row], Made]) -> Iterator[Made
 
 
 def _callers() -> Iterator[Caller]:
-    rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner")
-    return _readable((row for row in rows.iterator() if row.owner is None or row.owner.is_active), _caller)
+    rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner", "team")
+    good = (row for row in rows.iterator() if row.owner is None or row.owner.is_active)
+    quotas = {(row.owner_id, row.team_id): row.quota() for row in OwnerLimits.objects.all()}
+    return _readable(good, lambda row: _caller(row, quotas.get((row.owner_id, row.team_id))))
 
 
-def _caller(row: GatewayKey) -> Caller:
+def _caller(row: GatewayKey, owner_quota: Quota | None) -> Caller:
     return Caller(
         id=row.pk,
         key_id=row.key_id,
         name=row.name,
-        owner=row.owner.get_username() if row.owner else "",
+        owner=text_of(row.holder),
         digest=raw(row.hmac),
         pepper=row.pepper,
         previous_digest=raw(row.previous_hmac),
@@ -211,6 +214,9 @@ def _caller(row: GatewayKey) -> Caller:
         resume=row.resume_streams,
         allowed_models=tuple(_texts(row.allowed_models)),
         allowed_networks=tuple(ipaddress.ip_network(each) for each in _texts(row.allowed_networks)),
+        user_id=row.owner_id,
+        team_id=row.team_id,
+        owner_quota=owner_quota,
     )
 
 

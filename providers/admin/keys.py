@@ -16,6 +16,7 @@ from providers.admin.badges import ago, badge
 from providers.admin.forms import ApiKeyForm
 from providers.admin.places import uses_of_keys
 from providers.models import ApiKey, KeyUse
+from providers.models.limited import LIMITS
 
 
 @admin.register(ApiKey)
@@ -29,6 +30,14 @@ class ApiKeyAdmin(AuditedAdmin):
     fieldsets = (
         (None, {"fields": ("provider", "name", "api_key", "enabled")}),
         ("Several keys of one provider", {"fields": ("is_default", "weight")}),
+        (
+            "Limits",
+            {
+                "fields": LIMITS,
+                "description": "What is asked with this key at the most, to stay below the vendor's own limits. Requests beyond "
+                "that go to the next key or provider. Empty: no limit.",
+            },
+        ),
         ("Notes", {"classes": ("collapse",), "fields": ("metadata",)}),
     )
 
@@ -66,7 +75,7 @@ class ApiKeyAdmin(AuditedAdmin):
             return ()
         if may(request.user, "api_keys", "change"):
             return ("provider",)
-        return ("provider", "name", "enabled", "is_default", "weight", "metadata")
+        return ("provider", "name", "enabled", "is_default", "weight", *LIMITS, "metadata")
 
     def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
         form = super().get_form(request, obj, change, **kwargs)

@@ -1,4 +1,5 @@
 from proxy.models.keys import GatewayKey, GatewayKeyUse
+from proxy.models.owners import OwnerLimits
 from proxy.models.prices import ModelPrice, PriceList
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
 from proxy.models.usage import SpoolSegment, UsageRecord
@@ -9,6 +10,7 @@ __all__ = [
     "Mode",
     "ModelPrice",
     "ModelRoute",
+    "OwnerLimits",
     "PriceList",
     "RouteNode",
     "SpoolSegment",

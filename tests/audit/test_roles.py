@@ -76,6 +76,12 @@ MATRIX: list[tuple[str, str, str]] = [
     ("delete", "gateway-keys/{gateway}", ADMIN),
     ("post", "gateway-keys/{gateway}/revoke", "m" + WRITE),
     ("post", "gateway-keys/{gateway}/rotate", "m" + WRITE),
+    ("get", "owner-limits", READ),
+    ("post", "owner-limits", ADMIN),
+    ("get", "owner-limits/{limits}", READ),
+    ("put", "owner-limits/{limits}", ADMIN),
+    ("patch", "owner-limits/{limits}", ADMIN),
+    ("delete", "owner-limits/{limits}", ADMIN),
 ]
 LETTERS = {"member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S"}
 
@@ -107,8 +113,10 @@ def things(people: dict[str, User]) -> dict[str, Any]:
         "completion_usd_per_million": "2",
     }
     price = client.post(f"{V1}/prices", override).json()["id"]
+    limits = client.post(f"{V1}/owner-limits", {"owner": "the-member"}).json()["id"]
     return {
         "server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route, "price": price,
+        "limits": limits,
     }  # fmt: skip
 
 
@@ -152,6 +160,7 @@ def _routes() -> Iterator[tuple[str, set[str]]]:
         "active": "{purpose}",
         "model-routes": "{route}",
         "prices": "{price}",
+        "owner-limits": "{limits}",
     }
     for pattern in (*router.urls, *active_router.urls):
         actions = getattr(pattern.callback, "actions", {})

@@ -43,6 +43,8 @@ PAGES = (
     "/admin/proxy/gatewaykey/1/rotate/",
     "/admin/proxy/gatewaykey/1/revoke/",
     "/admin/proxy/gatewaykey/1/delete/",
+    "/admin/proxy/ownerlimits/",
+    "/admin/proxy/ownerlimits/add/",
     "/admin/proxy/usagerecord/",
     "/admin/providers/healthcheck/",
     "/admin/audit/entry/",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from django.contrib.auth.models import User
 
@@ -18,9 +20,11 @@ from providers.models import ApiKey, KeyUse, Provider
 from proxy import usage
 from proxy.keys import give_secret
 from proxy.models import GatewayKey, GatewayKeyUse, UsageRecord
+from proxy.snapshot import build
 from proxy.spool import Spool, new_attempt_id
 from tests.proxy.test_usage import a_final, a_start
 from tests.support.api import V1, as_
+from tests.support.inprocess import House
 
 AT = 1_790_000_000_123
 
@@ -76,6 +80,40 @@ def test_attempts_count_for_their_keys(
     latest = datetime.fromtimestamp((AT + 60_000) / 1000, UTC)
     assert (use.requests_count, use.tokens_used, use.last_used_at) == (3, 116, latest)
     assert (gateway_use.requests_count, gateway_use.last_used_at) == (3, latest)
+
+
+def test_the_mark_of_the_last_use_moves_once_a_minute_at_the_most(
+    attempt: Attempt, directory: Path, api_key: ApiKey, gateway_key: GatewayKey
+) -> None:
+    seen = []
+    for seconds in (0, 5, 59, 60, 61, 119, 121):
+        attempt(start={"created_at": AT + 1000 * seconds})
+        usage.drain(directory)
+        use = GatewayKeyUse.objects.get(gateway_key=gateway_key)
+        assert use.last_used_at == KeyUse.objects.get(api_key=api_key).last_used_at
+        assert use.last_used_at is not None
+        seen.append(round(use.last_used_at.timestamp() - AT / 1000))
+    assert seen == [0, 0, 0, 60, 60, 60, 121]
+    assert use.requests_count == 7
+
+
+def test_a_hundred_calls_with_one_request_id_are_a_hundred_rows_and_requests(db: None, pair: House) -> None:
+    """The caller's id correlates; what is counted is known by an id of our own."""
+    with changes(actor=None, via="system"):
+        key = GatewayKey(name="same")
+        whole = give_secret(key)
+        key.save()
+    pair.admit(build().callers[key.key_id])
+    headers = {"x-api-key": whole, "x-request-id": "same"}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+    with httpx.Client(base_url=pair.url, headers=headers) as client, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(client.post, "/v1/chat/completions", json=body) for _ in range(100)]
+        assert {each.result().headers["x-request-id"] for each in asked} == {"same"}
+    pair.stop()
+    usage.drain(pair.spool_dir)
+    rows = UsageRecord.objects.filter(request_id="same")
+    assert (rows.count(), rows.values("id").distinct().count()) == (100, 100)
+    assert GatewayKeyUse.objects.get(gateway_key=key).requests_count == 100
 
 
 def test_a_second_attempt_is_no_second_request_of_the_gateway_key(
