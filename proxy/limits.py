@@ -57,16 +57,18 @@ class Limits:
         """Whether this process keeps the limits alone: there is no Redis, or it was given up for the moment."""
         return self._link is None or self._link.open
 
-    def hold(self, scopes: Scopes | None, *, member: str, tokens: int) -> AbstractAsyncContextManager[Held]:
+    def hold(
+        self, scopes: Scopes | None, *, member: str, tokens: int, alone: bool = False
+    ) -> AbstractAsyncContextManager[Held]:
         """Count one request of `tokens` (an estimate), and a place among the running ones until the context is left.
 
         It is counted for all of the scopes or for none. `member` names it for people who look into Redis; it need not be
         unique, since callers may choose it. Entering raises RateLimited or ConcurrencyLimited. One round trip to Redis at the
-        most; none without scopes.
+        most; none without scopes, or when it is to be counted `alone`.
         """
         if scopes is None:
             return UNLIMITED
-        return Counted(self, scopes, f"{next(self._names)}:{member:.64}", tokens)
+        return Counted(self, scopes, f"{next(self._names)}:{member:.64}", tokens, alone)
 
     async def sweep(self) -> None:
         """Once a second: try a Redis that was given up, renew what runs, hand in what is queued or owed."""
@@ -100,7 +102,7 @@ class Limits:
 
     async def _take(self, held: Counted) -> None:
         link = self._link
-        if link is not None and not link.open:
+        if link is not None and not link.open and not held.alone:
             held.asked = True
             try:
                 verdict, index, elapsed, *counts = await link.ask(self._question(held))
@@ -123,7 +125,7 @@ class Limits:
 
     def _take_locally(self, held: Counted) -> None:
         """The line that decides what happens without Redis: this process grants its share of each limit."""
-        now, held.divisor = self.now(), self._workers
+        now, held.divisor, held.alone = self.now(), self._workers, True
         states = held.states = [self._book[scope.name] for scope in held.scopes.each]
         held.readings = [state.admitted.read(now) for state in states]
         try:

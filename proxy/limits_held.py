@@ -31,9 +31,13 @@ PLACES_FULL: Final = 2
 
 
 class Held(AbstractAsyncContextManager["Held"]):
-    """A running request as the limits see it. This one is nobody's: nothing limits it, and nothing is counted."""
+    """A running request as the limits see it. This one is nobody's: nothing limits it, and nothing is counted.
+
+    alone: it was counted in this process alone, so that the same request need not wait for Redis once more.
+    """
 
     __slots__ = ()
+    alone = False
 
     @property
     def headers(self) -> Headers:
@@ -64,11 +68,12 @@ class Counted(Held):
     """
 
     __slots__ = (
-        "asked", "divisor", "left", "limits", "member", "minute", "readings", "remote_minute", "scopes",
+        "alone", "asked", "divisor", "left", "limits", "member", "minute", "readings", "remote_minute", "scopes",
         "shared_tokens", "states", "tokens",
     )  # fmt: skip
 
-    def __init__(self, limits: Limits, scopes: Scopes, member: str, tokens: int) -> None:
+    def __init__(self, limits: Limits, scopes: Scopes, member: str, tokens: int, alone: bool) -> None:
+        self.alone = alone
         self.limits = limits
         self.scopes = scopes
         self.member = member.encode(errors="replace")

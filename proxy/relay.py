@@ -87,6 +87,7 @@ def _place(gateway: Gateway, call: Call, candidate: Candidate) -> AbstractAsyncC
         scopes.of_credential(candidate.credential),
         member=call.running.request_id,
         tokens=call.body_bytes // BYTES_PER_TOKEN,
+        alone=call.held.alone,
     )
 
 

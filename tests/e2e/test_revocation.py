@@ -125,6 +125,7 @@ def test_r15_a_key_that_ends_stops_within_a_second_on_every_worker_stream_and_so
             with pytest.raises(InvalidStatus) as refused:
                 socket_of(gateway, whole)
             assert refused.value.response.status_code == 401, way
-        assert gateway.client(wholes["goes on"]).get("/v1/models").status_code == 200
+        with gateway.client(wholes["goes on"]) as client:
+            assert client.get("/v1/models").status_code == 200
         if valkey is not None:
             valkey.resume()

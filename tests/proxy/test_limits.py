@@ -566,6 +566,27 @@ async def test_f19_a_hanging_redis_delays_five_requests_by_60_ms_and_then_none(
     assert sorted(spent)[195] < 0.001
 
 
+async def test_f19_a_request_that_waited_in_vain_does_not_wait_again_for_a_providers_key(
+    make: Any, valkey: Valkey, client: redis.Redis
+) -> None:
+    limits, who, key = make(), caller(requests=10, running=5), caller("api_key:1", requests=10, running=5)
+    await take(limits, key)
+    async with limits.hold(who.scopes, member="r", tokens=1) as held:
+        assert not held.alone
+    valkey.pause()
+    async with limits.hold(who.scopes, member="r", tokens=1) as held:
+        assert held.alone
+        began = time.perf_counter()
+        async with limits.hold(key.scopes, member="r", tokens=1, alone=held.alone) as place:
+            assert place.alone
+            assert time.perf_counter() - began < limits_redis.TIMEOUT / 2
+            valkey.resume()
+            await limits.sweep()
+            assert client.zcard("penstock:limit:{api_key:1}:c") == 1
+    await until(lambda: client.zcard("penstock:limit:{api_key:1}:c") == 0)
+    assert client.hget("penstock:limit:{api_key:1}:r", "c") == b"2"
+
+
 async def test_f19_a_redis_that_hangs_from_the_start_is_no_different(make: Any, valkey: Valkey) -> None:
     valkey.pause()
     limits, who = make(), caller(requests=1000)

@@ -122,13 +122,14 @@ def test_no_more_run_at_the_same_time_than_a_providers_key_takes(
     two = house.provide("second", f"{fallback.url}/v1", models=("big",))
     house.add_key(one, "sk-one", quota=Quota(running=2))
     house.activate((one, "tiny"), (two, "big"))
-    upstream.behave(answers.ok(chunks=50, delay=0.02))
+    upstream.behave(answers.ok(chunks=1000, delay=0.02))
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(house.ask, None, stream=True) for _ in range(2)]
         upstream.ledger.wait_for(lambda ledger: len(ledger.asked) == 2)
         assert {house.ask(None).headers["x-penstock-provider"] for _ in range(3)} == {"second"}
+        upstream.behave(answers.ok())
+        upstream.drop_connections()
         assert [each.result().status_code for each in running] == [200, 200]
-    upstream.behave(answers.ok())
     assert house.ask(None).headers["x-penstock-provider"] == "first"
 
 
