@@ -1,6 +1,6 @@
 from proxy.models.keys import GatewayKey, GatewayKeyUse
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
-from proxy.models.usage import SpoolSegment, UsageRecord
+from proxy.models.usage import SpoolSegment, UsageHour, UsageRecord
 
 __all__ = [
     "GatewayKey",
@@ -10,5 +10,6 @@ __all__ = [
     "RouteNode",
     "SpoolSegment",
     "Strategy",
+    "UsageHour",
     "UsageRecord",
 ]

@@ -105,6 +105,8 @@ class GatewayKeyUse(models.Model):
     )
     last_used_at = models.DateTimeField(null=True, blank=True)
     requests_count = models.BigIntegerField(default=0)
+    tokens_used = models.BigIntegerField(default=0)
+    cost_nanodollars = models.BigIntegerField(default=0)
 
     def __str__(self) -> str:
         return f"{self.gateway_key}: {self.last_used_at}"
