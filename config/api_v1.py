@@ -12,6 +12,7 @@ from providers.api.api_keys import ApiKeys
 from providers.api.views import Servers, VendorsAndServers
 from proxy.api.gateway_keys import GatewayKeys
 from proxy.api.model_routes import ModelRoutes
+from proxy.api.usage import Usage
 
 
 class Router(SimpleRouter):
@@ -45,6 +46,7 @@ router.register("providers", VendorsAndServers, basename="provider")
 router.register("api-keys", ApiKeys, basename="api-key")
 router.register("model-routes", ModelRoutes, basename="model-route")
 router.register("gateway-keys", GatewayKeys, basename="gateway-key")
+router.register("usage", Usage, basename="usage")
 active_router = ActiveRouter()
 active_router.register("active", Active, basename="active")
 

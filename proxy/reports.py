@@ -17,8 +17,8 @@ from django.utils import timezone
 
 from audit import roles
 from providers.models import Provider
-from proxy.keys import keys_of
 from proxy.models import GatewayKey, UsageHour
+from proxy.models.keys import keys_of
 from proxy.models.usage import UsageStatus
 from proxy.usage_hours import HOUR, SUMS, TOKENS, hour_of
 
@@ -101,13 +101,14 @@ def lines(sums: QuerySet[UsageHour], report: Asked, *, most: int) -> list[Line]:
 
 
 def line_by_line(sums: QuerySet[UsageHour], report: Asked, *, most: int) -> Iterator[list[Line]]:
-    """The same for a report of any length: the lines of a day at a time, of which there may be `most`."""
+    """The same for a report of any length: the lines of one bucket at a time, of which there may be `most`."""
     if report.bucket is None:
         yield lines(sums, report, most=most)
         return
     since = report.since
     while since < report.until:
-        until = min(since.replace(hour=0) + timedelta(days=1), report.until)
+        end = since + HOUR if report.bucket == "hour" else since.replace(hour=0) + timedelta(days=1)
+        until = min(end, report.until)
         yield lines(sums, Asked(since, until, report.group_by, report.bucket), most=most)
         since = until
 
@@ -215,7 +216,9 @@ def _one_of(name: str, value: str, known: QuerySet[Any]) -> Q:
     return Q(**{name: value}) if pk is None else Q(**{f"{name}_id": pk})
 
 
-def about_as_many(sums: QuerySet[UsageHour], *, since: datetime | None, until: datetime | None, oldest: datetime) -> int:
+def about_as_many(
+    sums: QuerySet[UsageHour], *, since: datetime | None, until: datetime | None, oldest: datetime
+) -> int:
     """About how many records there are: those of all hours that the period touches, as far as records go back."""
     sums = sums.filter(hour__gte=hour_of(max(since, oldest) if since else oldest))
     if until is not None:

@@ -98,9 +98,7 @@ class KeyUse(models.Model):
 class ProviderUse(models.Model):
     """What a provider has done so far, with all its keys; written by the drainer."""
 
-    provider = models.OneToOneField(
-        Provider, on_delete=models.CASCADE, related_name="use", primary_key=True
-    )
+    provider = models.OneToOneField(Provider, on_delete=models.CASCADE, related_name="use", primary_key=True)
     requests_count = models.BigIntegerField(default=0)
     tokens_used = models.BigIntegerField(default=0)
     cost_nanodollars = models.BigIntegerField(default=0)

@@ -97,6 +97,11 @@ class GatewayKey(Versioned):
         return Identity("gateway_key", str(self.pk), self.name, "gateway_key")
 
 
+def keys_of(user: Any) -> models.QuerySet[GatewayKey]:
+    """The keys that are this person's: whose they are, and whose usage, is decided here."""
+    return GatewayKey.objects.filter(owner=user)
+
+
 class GatewayKeyUse(models.Model):
     """What a key has done so far; written by the drainer."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from io import StringIO
 from pathlib import Path
@@ -223,52 +224,52 @@ def test_a_time_that_is_none_is_refused(wrong: str) -> None:
 # -- several at once
 
 
+def together(*tasks: Callable[[], object]) -> list[BaseException]:
+    """Run them at the same time, each on a connection of its own; what went wrong."""
+    troubles: list[BaseException] = []
+
+    def run(task: Callable[[], object]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            troubles.append(error)
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=run, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return troubles
+
+
 @pytest.mark.django_db(transaction=True)
 def test_two_drainers_and_a_rebuilder_at_once_lose_and_double_nothing(tmp_path: Path) -> None:
     """Each drainer has a spool of its own, as on two machines, and their records belong to the same few hours."""
-    folders = [tmp_path / "one", tmp_path / "two"]
-    ms = int(timezone.now().timestamp() * 1000)
-    for folder in folders:
-        for each in range(12):
-            # In opposite orders, so that whoever locks as they come would wait for the other.
-            order = range(4) if folder is folders[0] else range(3, -1, -1)
+    one, two = tmp_path / "one", tmp_path / "two"
+    now = int(timezone.now().timestamp() * 1000)
+    hours = [now - 3_600_000 * ago for ago in range(4)]
+    for each in range(12):
+        # In opposite orders, so that whoever locks as they come would wait for the other.
+        for folder, order in ((one, hours), (two, hours[::-1])):
             spool = Spool(folder)
-            for part in order:
+            for at in order:
                 key = new_attempt_id()
-                spool.start(a_start(key, created_at=ms - 3_600_000 * part, model=f"m{(each + part) % 3}"))
+                spool.start(a_start(key, created_at=at, model=f"m{each % 3}"))
                 spool.finish(a_final(key))
             spool.close()
-    troubles: list[BaseException] = []
-    done = threading.Event()
 
     def drain(folder: Path) -> None:
-        try:
-            while list(folder.glob("*.1")):
-                usage.drain(folder)
-        except BaseException as error:
-            troubles.append(error)
-        finally:
-            connection.close()
+        while list(folder.glob("*.1")):
+            usage.drain(folder)
 
-    def rebuild_on() -> None:
-        try:
-            while not done.is_set():
-                rebuild()
-        except BaseException as error:
-            troubles.append(error)
-        finally:
-            connection.close()
+    def rebuild_meanwhile() -> None:
+        while list(tmp_path.glob("*/*.1")):
+            rebuild()
 
-    drainers = [threading.Thread(target=drain, args=(folder,)) for folder in folders]
-    rebuilder = threading.Thread(target=rebuild_on)
-    for thread in (rebuilder, *drainers):
-        thread.start()
-    for thread in drainers:
-        thread.join()
-    done.set()
-    rebuilder.join()
+    assert together(lambda: drain(one), lambda: drain(two), rebuild_meanwhile) == []
 
-    assert troubles == []
     maintained = stored()
     assert (
         sum(sums[SUMS.index("attempts")] for sums in maintained.values()) == UsageRecord.objects.count() == 96
