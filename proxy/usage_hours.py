@@ -7,10 +7,9 @@ at most `MOST`, so they come to the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
-from itertools import chain
 from operator import add, itemgetter
 from typing import Any
 from uuid import UUID
@@ -19,6 +18,7 @@ from django.db import connection, transaction
 from django.db.models import Count, Min, Q, Sum
 from django.db.models.functions import Least
 
+from proxy import retention
 from proxy.key_use import MOST
 from proxy.models.usage import GRAIN, TokensSource, UsageHour, UsageRecord
 from proxy.usage_rows import Row
@@ -38,7 +38,6 @@ SUMS = (
     "ttft_count",
 )
 COLUMNS = ("id", "hour", *GRAIN, *SUMS)
-BATCH = 1000
 
 Grain = tuple[Any, ...]
 """An hour, and the values of GRAIN."""
@@ -58,21 +57,24 @@ def count(rows: Iterable[Row]) -> None:
     for row in rows:
         grain = (hour_of(row["created_at"]), *_alike(row))
         sums[grain] = tuple(map(add, sums.get(grain, nothing), _values(row)))
-    if not sums:
-        return
-    stored = sorted((_digest(grain), *grain, *values) for grain, values in sums.items())
+    _add(sums)
+
+
+def _add(sums: Mapping[Grain, Sequence[int]]) -> None:
+    """Add to what is stored, in order, so that two who do it never wait for each other."""
     table, quoted = UsageHour._meta.db_table, connection.ops.quote_name
     added = ", ".join(
         f"{quoted(name)} = {quoted(table)}.{quoted(name)} + excluded.{quoted(name)}" for name in SUMS
     )
     marks = ", ".join(["%s"] * len(COLUMNS))
+    rows = sorted((_digest(grain), *grain, *values) for grain, values in sums.items())
     # Only names of our own table and columns are put into the text.
     sql = (
         f"INSERT INTO {quoted(table)} ({', '.join(map(quoted, COLUMNS))}) VALUES ({marks})"  # noqa: S608  # see above
         f" ON CONFLICT (id) DO UPDATE SET {added}"
     )
     with connection.cursor() as cursor:
-        cursor.executemany(sql, [_for_database(values) for values in stored])
+        cursor.executemany(sql, [_for_database(row) for row in rows])
 
 
 def _values(row: Row) -> tuple[int, ...]:
@@ -129,13 +131,19 @@ def rebuild(
 def first_whole_hour() -> datetime | None:
     """The first hour of which all records are still there; None without any record.
 
-    Where older sums tell that retention has taken records, it may have been stopped in the midst of the oldest hour that is left.
+    What retention takes now is left out; and where older sums tell that it has taken records, it may have been stopped in the midst
+    of the oldest hour that is left.
     """
-    oldest = UsageRecord.objects.aggregate(at=Min("created_at"))["at"]
+    kept = UsageRecord.objects.all()
+    if limit := retention.forgotten_before():
+        kept = kept.filter(created_at__gte=limit)
+    oldest = kept.aggregate(at=Min("created_at"))["at"]
     if oldest is None:
         return None
     hour = hour_of(oldest)
-    return hour + HOUR if UsageHour.objects.filter(hour__lt=hour).exists() else hour
+    if hour == limit or not UsageHour.objects.filter(hour__lt=hour).exists():
+        return hour
+    return hour + HOUR
 
 
 def _rebuild_hour(hour: datetime) -> int:
@@ -144,15 +152,10 @@ def _rebuild_hour(hour: datetime) -> int:
         _keep_drainers_out()
         records = UsageRecord.objects.filter(created_at__gte=hour, created_at__lt=hour + HOUR)
         found = list(records.order_by().values_list(*GRAIN).annotate(**_sums()))
+        sums = {(hour, *row[: len(GRAIN)]): [int(one or 0) for one in row[len(GRAIN) :]] for row in found}
         UsageHour.objects.filter(hour=hour).delete()
-        UsageHour.objects.bulk_create((_hour(hour, values) for values in found), batch_size=BATCH)
-    return sum(int(values[len(GRAIN) + 1]) for values in found)
-
-
-def _hour(hour: datetime, values: tuple[Any, ...]) -> UsageHour:
-    grain, sums = values[: len(GRAIN)], values[len(GRAIN) :]
-    named = chain(zip(GRAIN, grain, strict=True), zip(SUMS, (int(one or 0) for one in sums), strict=True))
-    return UsageHour(id=_digest((hour, *grain)), hour=hour, **dict(named))
+        _add(sums)
+    return sum(values[SUMS.index("attempts")] for values in sums.values())
 
 
 def _sums() -> dict[str, Any]:

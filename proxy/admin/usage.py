@@ -11,8 +11,10 @@ from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 
 from audit.admin import ReadOnlyAdmin
+from audit.api import Counted
 from providers.admin.badges import badge
 from proxy.admin.trace import way_of
+from proxy.admin.usage_filters import Days, GatewayKeyFilter, ModelFilter, OwnerFilter, ProviderFilter
 from proxy.models import UsageRecord
 
 COLOURS = {"success": "good", "error": "bad", "client_disconnected": "plain"}
@@ -33,10 +35,23 @@ class UsageRecordAdmin(ReadOnlyAdmin):
         "duration",
     )
     list_display_links = ("created_at",)
-    list_filter = ("created_at", "status", "provider", "purpose", "stream")
-    search_fields = ("=request_id", "gateway_key", "model", "owner")
-    search_help_text = "Search by request id, gateway key, model or owner"
-    date_hierarchy = "created_at"
+    list_filter = (
+        ("created_at", Days),
+        "created_at",
+        "status",
+        GatewayKeyFilter,
+        ProviderFilter,
+        ModelFilter,
+        OwnerFilter,
+        "stream",
+    )
+    list_filter_submit = True
+    # Only what an index finds: there may be millions of records.
+    search_fields = ("request_id__exact",)
+    search_help_text = (
+        f"Search by request id. Lists the newest {Counted.EXACT:,} records that match; times are UTC."
+    )
+    paginator = Counted
     change_form_outer_before_template = "admin/proxy/way.html"
     fieldsets = (
         (

@@ -93,6 +93,7 @@ class UsageRecord(models.Model):
         ordering: ClassVar = ["-created_at", "-id"]
         indexes: ClassVar = [
             models.Index(fields=["created_at"], name="usage_created"),
+            models.Index(fields=["request_id"], name="usage_request"),
             models.Index(fields=["gateway_key_id", "created_at"], name="usage_gateway_key_created"),
             models.Index(fields=["provider_id", "created_at"], name="usage_provider_created"),
         ]

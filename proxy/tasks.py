@@ -1,0 +1,28 @@
+"""What the worker does for the data plane."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from celery import shared_task
+
+from providers.tasks import take
+from proxy import retention
+
+logger = logging.getLogger(__name__)
+
+JOB = "forget_usage"
+TICK_SECONDS = 300
+RUN_SECONDS = 40.0
+"""Less than the time limit of tasks (CELERY_TASK_SOFT_TIME_LIMIT); the next tick goes on with what is left."""
+
+
+@shared_task(name="proxy.tasks.forget_usage")
+def forget_usage() -> None:
+    """Forget usage records that are older than USAGE_RETENTION_DAYS; every tick is taken once, by whoever comes first."""
+    if retention.forgotten_before() is None or not take(JOB, int(time.time()) // TICK_SECONDS):
+        return
+    forgotten = retention.forget(seconds=RUN_SECONDS)
+    if forgotten:
+        logger.info("forgot %d usage records older than %s", forgotten, retention.forgotten_before())
