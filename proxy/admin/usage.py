@@ -6,13 +6,14 @@ from typing import Any
 
 from django.contrib import admin
 from django.http import HttpRequest
-from django.urls import reverse
+from django.urls import URLPattern, path, reverse
 from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 
 from audit.admin import ReadOnlyAdmin
 from audit.api import Counted
 from providers.admin.badges import badge
+from proxy.admin.report import report_view
 from proxy.admin.trace import way_of
 from proxy.admin.usage_filters import Days, GatewayKeyFilter, ModelFilter, OwnerFilter, ProviderFilter
 from proxy.models import UsageRecord
@@ -46,6 +47,7 @@ class UsageRecordAdmin(ReadOnlyAdmin):
         "stream",
     )
     list_filter_submit = True
+    extra_lookups = frozenset({"created_at_from", "created_at_to"})
     # Only what an index finds: there may be millions of records.
     search_fields = ("request_id__exact",)
     search_help_text = (
@@ -99,6 +101,10 @@ class UsageRecordAdmin(ReadOnlyAdmin):
             },
         ),
     )
+
+    def get_urls(self) -> list[URLPattern]:
+        page = path("report/", self.admin_site.admin_view(report_view), name="proxy_usagerecord_report")
+        return [page, *super().get_urls()]
 
     def render_change_form(self, request: HttpRequest, context: Any, *args: Any, **kwargs: Any) -> Any:
         record = kwargs.get("obj")

@@ -170,6 +170,7 @@ class SummarySerializer(serializers.Serializer[Any]):
     totals = LineSerializer()
 
 
+JSON = "application/json"
 CSV = {(200, "text/csv"): OpenApiTypes.STR}
 
 
@@ -187,7 +188,7 @@ class Usage(Door):
     def get_queryset(self) -> QuerySet[UsageRecord]:
         return reports.seen_by(self.request.user, super().get_queryset())
 
-    @extend_schema(parameters=[RecordsQuery], responses={200: UsageSerializer(many=True), **CSV})
+    @extend_schema(parameters=[RecordsQuery], responses={(200, JSON): UsageSerializer(many=True), **CSV})
     def list(self, request: Request, *args: Any, **kwargs: Any) -> HttpResponseBase:
         """Records, the newest first. `count` is exact up to 100,000. With `format=csv` all of them, without `trace`."""
         self.wanted = wanted = _read(RecordsQuery, request)
@@ -211,7 +212,7 @@ class Usage(Door):
     def retrieve(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         return Response(self.get_serializer(self.get_object()).data)
 
-    @extend_schema(parameters=[SummaryQuery], responses={200: SummarySerializer, **CSV})
+    @extend_schema(parameters=[SummaryQuery], responses={(200, JSON): SummarySerializer, **CSV})
     @action(detail=False, methods=["get"], pagination_class=None)
     def summary(self, request: Request, *args: Any, **kwargs: Any) -> HttpResponseBase:
         """What the records of whole hours (UTC) come to; of the last thirty days if nothing is said."""

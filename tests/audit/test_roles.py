@@ -72,7 +72,11 @@ MATRIX: list[tuple[str, str, str]] = [
     ("delete", "gateway-keys/{gateway}", ADMIN),
     ("post", "gateway-keys/{gateway}/revoke", "m" + WRITE),
     ("post", "gateway-keys/{gateway}/rotate", "m" + WRITE),
+    ("get", "usage", "m" + READ),
+    ("get", "usage/summary", "m" + READ),
+    ("get", "usage/{usage}", "m" + READ),
 ]
+RECORD = "01990000-0000-7000-8000-000000000001"
 LETTERS = {"member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S"}
 
 
@@ -96,7 +100,14 @@ def things(people: dict[str, User]) -> dict[str, Any]:
     route = client.post(f"{V1}/model-routes", {"name": "fast", "nodes": [{"provider_id": server}]}).json()[
         "id"
     ]
-    return {"server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route}
+    return {
+        "server": server,
+        "key": key,
+        "gateway": gateway,
+        "purpose": "chat",
+        "route": route,
+        "usage": RECORD,
+    }
 
 
 def test_the_matrix(people: dict[str, User], things: dict[str, Any]) -> None:
@@ -138,6 +149,7 @@ def _routes() -> Iterator[tuple[str, set[str]]]:
         "api-keys": "{key}",
         "active": "{purpose}",
         "model-routes": "{route}",
+        "usage": "{usage}",
     }
     for pattern in (*router.urls, *active_router.urls):
         actions = getattr(pattern.callback, "actions", {})

@@ -25,7 +25,7 @@ from proxy.spool import Spool, new_attempt_id
 from tests.proxy.test_usage import a_final, a_start
 from tests.support.api import V1, as_
 from tests.support.soak import say
-from tests.support.usage_fill import DAYS, MONTH, fill
+from tests.support.usage_fill import DAYS, MONTH, fill, vacuum
 
 pytestmark = pytest.mark.django_db
 
@@ -194,10 +194,7 @@ def test_millions_of_records(viewer: User, tmp_path: Path, settings: LazySetting
         rebuilt=f"in {time.perf_counter() - began:.0f} s", sums=f"{UsageHour.objects.count():,}",
     )  # fmt: skip
     if postgresql:
-        with connection.cursor() as cursor:
-            cursor.execute("SET statement_timeout = 0")
-            cursor.execute("VACUUM ANALYZE")
-            cursor.execute("RESET statement_timeout")
+        vacuum()
     full = drained(tmp_path / "full", 20_000)
     say(booked_20000=f"{empty:.1f} s when empty, {full:.1f} s when full")
 

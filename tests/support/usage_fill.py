@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import psycopg
 from django.db import connection
 
 from proxy.models import UsageRecord
 
 KEYS = 50
 DAYS = 30
+PIECE = 50_000
+"""Records of one statement, which takes no longer than any statement may."""
 MONTH = datetime(2026, 9, 1, tzinfo=UTC)
 """Where the month begins that is filled."""
 
@@ -65,22 +68,32 @@ _SHARED = {
 }
 
 
-def fill(number: int, *, since: datetime = MONTH, days: int = DAYS, first: int = 0) -> None:
-    """Insert so many records, at even intervals of so many days. first: where their numbers, which are in their ids, begin."""
+def fill(number: int, *, since: datetime = MONTH, days: int = DAYS) -> None:
+    """Insert so many records, at even intervals of so many days."""
+    step = timedelta(days=days) // timedelta(milliseconds=1) // number
+    for first in range(0, number, PIECE):
+        _insert(first, min(first + PIECE, number) - 1, since, step)
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE")
+
+
+def _insert(first: int, last: int, since: datetime, step: int) -> None:
     postgresql = connection.vendor == "postgresql"
     values = {**_SHARED, **(_POSTGRESQL if postgresql else _SQLITE)}
     columns = [str(field.column) for field in UsageRecord._meta.concrete_fields]
-    step = timedelta(days=days) // timedelta(milliseconds=1) // number
     series = (_POSTGRESQL_SERIES if postgresql else _SQLITE_SERIES).format(
-        start=int(since.timestamp() * 1000) - first * step, step=step, first=first, last=first + number - 1
+        start=int(since.timestamp() * 1000), step=step, first=first, last=last
     )
     with connection.cursor() as cursor:
-        if postgresql:
-            cursor.execute("SET statement_timeout = 0")
         cursor.execute(
             f"INSERT INTO {UsageRecord._meta.db_table} ({', '.join(columns)})"
             f" SELECT {', '.join(values[name] for name in columns)} FROM ({series}) made"
         )
-        cursor.execute("ANALYZE")
-        if postgresql:
-            cursor.execute("RESET statement_timeout")
+
+
+def vacuum() -> None:
+    """What autovacuum does in time; it takes longer than one of our own connections may wait."""
+    given = connection.settings_dict
+    names = {"host": "HOST", "port": "PORT", "user": "USER", "password": "PASSWORD", "dbname": "NAME"}
+    with psycopg.connect(**{name: given[key] for name, key in names.items()}, autocommit=True) as own:
+        own.execute("VACUUM ANALYZE")
