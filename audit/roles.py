@@ -45,7 +45,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
             Role.MEMBER: frozenset({"read", "revoke", "rotate"}),
         },
         "owner_limits": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
-        "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
+        "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ, Role.MEMBER: _READ},
         "audit": {Role.OPERATOR: _READ},
         "key_stores": {},
         "allow_private": {},
@@ -62,6 +62,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
             "providers.server",
             "providers.providerhealth",
             "providers.healthcheck",
+            "providers.provideruse",
         ),
         "models": ("providers.upstreammodel",),
         "active": ("providers.activeprovider", "providers.activetarget"),
@@ -70,7 +71,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "api_keys": ("providers.apikey", "providers.keyuse"),
         "gateway_keys": ("proxy.gatewaykey", "proxy.gatewaykeyuse"),
         "owner_limits": ("proxy.ownerlimits",),
-        "usage": ("proxy.usagerecord",),
+        "usage": ("proxy.usagerecord", "proxy.usagehour"),
         "audit": ("audit.entry",),
     }
 )
@@ -84,9 +85,11 @@ WRITTEN_BY_NOBODY: Final = frozenset(
         "providers.healthcheck",
         "providers.keyring",
         "providers.keyuse",
+        "providers.provideruse",
         "providers.jobrun",
         "proxy.gatewaykeyuse",
         "proxy.pricelist",
+        "proxy.usagehour",
         "proxy.usagerecord",
         "proxy.spoolsegment",
     }

@@ -14,6 +14,7 @@ from proxy.api.gateway_keys import GatewayKeys
 from proxy.api.model_routes import ModelRoutes
 from proxy.api.owners import OwnersLimits
 from proxy.api.prices import Prices
+from proxy.api.usage import Usage
 
 
 class Router(SimpleRouter):
@@ -49,6 +50,7 @@ router.register("model-routes", ModelRoutes, basename="model-route")
 router.register("prices", Prices, basename="price")
 router.register("gateway-keys", GatewayKeys, basename="gateway-key")
 router.register("owner-limits", OwnersLimits, basename="owner-limits")
+router.register("usage", Usage, basename="usage")
 active_router = ActiveRouter()
 active_router.register("active", Active, basename="active")
 

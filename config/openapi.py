@@ -89,7 +89,8 @@ def _statuses(method: str, operation: Schema) -> list[str]:
     named = ["401", "403", "429"] if operation.get("security") != [{}] else ["401", "429"]
     if any(parameter["in"] == "path" for parameter in operation.get("parameters", ())):
         named.append("404")
-    if method in {"post", "put", "patch"}:
+    asks = any(parameter["in"] == "query" for parameter in operation.get("parameters", ()))
+    if asks or method in {"post", "put", "patch"}:
         named.append("400")
     if method in {"put", "patch", "delete"}:
         named += ["409", "412"]

@@ -267,6 +267,8 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 300.0,
         "options": {"expires": 250},
     },
+    # Most ticks find nothing: records grow too old at midnight. A large backlog takes several.
+    "forget-usage": {"task": "proxy.tasks.forget_usage", "schedule": 300.0, "options": {"expires": 240}},
     "anchor-head": {"task": "audit.tasks.anchor_head", "schedule": 60.0, "options": {"expires": 50}},
 }
 
@@ -424,6 +426,7 @@ REQUEST_TIMEOUT_SECONDS = env.seconds("REQUEST_TIMEOUT_SECONDS", 600)
 PRIVATE_NETWORKS = env.networks(
     "PRIVATE_NETWORKS", "127.0.0.0/8, ::1/128, 10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, fc00::/7"
 )
+USAGE_RETENTION_DAYS = env.whole("USAGE_RETENTION_DAYS", 0, most=36_500)
 METRICS_ALLOWED_NETWORKS = env.networks("METRICS_ALLOWED_NETWORKS", "127.0.0.0/8, ::1/128")
 METRICS_TOKEN = env.text("METRICS_TOKEN")
 

@@ -91,7 +91,13 @@ UNFOLD: dict[str, Any] = {
                 "title": "Observe",
                 "separator": True,
                 "items": [
-                    _page("Usage", "bar_chart", "proxy.usagerecord"),
+                    {
+                        "title": "Usage report",
+                        "icon": "bar_chart",
+                        "link": reverse_lazy("admin:proxy_usagerecord_report"),
+                        "permission": _may_see("proxy.usagehour"),
+                    },
+                    _page("Usage", "receipt_long", "proxy.usagerecord"),
                     _page("Prices", "payments", "proxy.modelprice"),
                     _page("Health checks", "monitor_heart", "providers.healthcheck"),
                     _page("Audit log", "history", "audit.entry"),

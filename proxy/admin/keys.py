@@ -16,7 +16,7 @@ from django.utils.safestring import SafeString
 
 from audit.admin import AuditedAdmin, VersionedForm, write
 from audit.roles import may
-from providers.admin.badges import ago, badge
+from providers.admin.badges import ago, badge, counted, spent
 from providers.admin.fields import LinesField
 from providers.models import ActiveProvider, Provider
 from providers.models.limited import LIMITS
@@ -59,7 +59,17 @@ class GatewayKeyForm(VersionedForm):
 @admin.register(GatewayKey)
 class GatewayKeyAdmin(AuditedAdmin):
     form = GatewayKeyForm
-    list_display = ("name", "shown_key", "state", "holder", "expires_at", "requests", "last_used")
+    list_display = (
+        "name",
+        "shown_key",
+        "state",
+        "holder",
+        "expires_at",
+        "requests",
+        "tokens",
+        "cost",
+        "last_used",
+    )
     list_filter = ("enabled", "owner", "team")
     list_select_related = ("owner", "team", "use")
     search_fields = ("name", "=key_id", "owner__username", "team__name")
@@ -114,9 +124,16 @@ class GatewayKeyAdmin(AuditedAdmin):
         return state_badge(key)
 
     @admin.display(description="Requests", ordering="use__requests_count")
-    def requests(self, key: GatewayKey) -> int:
-        use = getattr(key, "use", None)
-        return use.requests_count if use is not None else 0
+    def requests(self, key: GatewayKey) -> str:
+        return counted(key, "requests_count")
+
+    @admin.display(description="Tokens", ordering="use__tokens_used")
+    def tokens(self, key: GatewayKey) -> str:
+        return counted(key, "tokens_used")
+
+    @admin.display(description="Cost", ordering="use__cost_nanodollars")
+    def cost(self, key: GatewayKey) -> str:
+        return spent(key)
 
     @admin.display(description="Last used", ordering="use__last_used_at")
     def last_used(self, key: GatewayKey) -> str:

@@ -17,8 +17,9 @@ from django.utils import timezone
 from providers.adapters import SELF_HOSTED
 from providers.admin.badges import age, health_of
 from providers.models import ActiveProvider, ApiKey, Provider, ProviderHealth, Purpose, Status
-from proxy import prices, weather
-from proxy.models import GatewayKey, PriceList, UsageRecord
+from proxy import prices, reports, weather
+from proxy.admin.report import shown
+from proxy.models import GatewayKey, PriceList, UsageHour, UsageRecord
 
 BEAT_LATE_SECONDS = 60
 BUILT_IN = "echo"
@@ -63,7 +64,16 @@ def context(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         "next_step": missing[0] if missing else None,
         "enabled_count": enabled,
         "base_url": f"{settings.PUBLIC_URL}/v1",
+        "usage": usage_of_a_day(request),
     }
+
+
+def usage_of_a_day(request: HttpRequest) -> reports.Line | None:
+    """What the last 24 hours come to; only for those who may see usage."""
+    if not request.user.has_perm("proxy.view_usagehour"):
+        return None
+    report = reports.asked(since=timezone.now() - timedelta(hours=24))
+    return shown(reports.totals(UsageHour.objects.all(), report))
 
 
 def getting_started() -> list[Step]:

@@ -7,14 +7,17 @@ from typing import Any
 from django.contrib import admin
 from django.db.models import QuerySet
 from django.http import HttpRequest
-from django.urls import reverse
+from django.urls import URLPattern, path, reverse
 from django.utils.html import format_html
 from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 
 from audit.admin import ReadOnlyAdmin
+from audit.api import Counted
 from providers.admin.badges import badge
+from proxy.admin.report import report_view
 from proxy.admin.trace import way_of
+from proxy.admin.usage_filters import Days, GatewayKeyFilter, ModelFilter, OwnerFilter, ProviderFilter
 from proxy.models import UsageRecord
 
 COLOURS = {"success": "good", "error": "bad", "client_disconnected": "plain"}
@@ -46,10 +49,25 @@ class UsageRecordAdmin(ReadOnlyAdmin):
         "duration",
     )
     list_display_links = ("created_at",)
-    list_filter = ("created_at", "status", "provider", "purpose", "stream", UnpricedFilter)
-    search_fields = ("=request_id", "gateway_key", "model", "owner")
-    search_help_text = "Search by request id, gateway key, model or owner"
-    date_hierarchy = "created_at"
+    list_filter = (
+        ("created_at", Days),
+        "created_at",
+        "status",
+        GatewayKeyFilter,
+        ProviderFilter,
+        ModelFilter,
+        OwnerFilter,
+        "stream",
+        UnpricedFilter,
+    )
+    list_filter_submit = True
+    extra_lookups = frozenset({"created_at_from", "created_at_to"})
+    # Only what an index finds: there may be millions of records.
+    search_fields = ("request_id__exact",)
+    search_help_text = (
+        f"Search by request id. Lists the newest {Counted.EXACT:,} records that match; times are UTC."
+    )
+    paginator = Counted
     change_form_outer_before_template = "admin/proxy/way.html"
     fieldsets = (
         (
@@ -98,6 +116,10 @@ class UsageRecordAdmin(ReadOnlyAdmin):
             },
         ),
     )
+
+    def get_urls(self) -> list[URLPattern]:
+        page = path("report/", self.admin_site.admin_view(report_view), name="proxy_usagerecord_report")
+        return [page, *super().get_urls()]
 
     def render_change_form(self, request: HttpRequest, context: Any, *args: Any, **kwargs: Any) -> Any:
         record = kwargs.get("obj")

@@ -15,16 +15,18 @@ from rest_framework.response import Response
 from audit import roles
 from audit.api_errors import Conflict
 from audit.api_views import KnownFields, Rows, StrictSerializer, word_of
-from proxy import keys, owners
+from proxy import keys
 from proxy.api.owners import OwnerField
 from proxy.models import GatewayKey, GatewayKeyUse
+from proxy.models.keys import keys_of
 
 MAX_OVERLAP_SECONDS = 30 * 24 * 3600
+USE = ("requests_count", "tokens_used", "cost_usd", "last_used_at")
 
 
 class GatewayKeySerializer(StrictSerializer[GatewayKey]):
     aliases: ClassVar = {"is_active": "enabled"}
-    volatile: ClassVar = frozenset({"requests_count", "last_used_at", "updated_at"})
+    volatile: ClassVar = frozenset({*USE, "updated_at"})
 
     owner = OwnerField(source="holder", required=False, allow_null=True)
     is_active = serializers.BooleanField(
@@ -32,14 +34,16 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
     )
     prefix = serializers.CharField(read_only=True)
     requests_count = serializers.IntegerField(source="use.requests_count", read_only=True)
+    tokens_used = serializers.IntegerField(source="use.tokens_used", read_only=True)
+    cost_usd = serializers.SerializerMethodField()
     last_used_at = serializers.DateTimeField(source="use.last_used_at", read_only=True, allow_null=True)
 
     class Meta:
         model = GatewayKey
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
-            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", "requests_count",
-            "last_used_at", "created_by", "created_at", "updated_at",
+            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", *USE,
+            "created_by", "created_at", "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "created_by")
         validators: ClassVar[list[Any]] = []
@@ -48,6 +52,9 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
                 "help_text": "Null: no limit. Left out of a new key: DEFAULT_MAX_CONCURRENCY, 50 unless set otherwise."
             }
         }
+
+    def get_cost_usd(self, key: GatewayKey) -> float:
+        return key.use.cost_nanodollars / 1e9
 
     def to_representation(self, key: GatewayKey) -> dict[str, Any]:
         if not hasattr(key, "use"):
@@ -102,7 +109,7 @@ class GatewayKeys(Rows):
         if not self.request.user.is_authenticated:
             return rows.none()
         if roles.own_only(self.request.user, self.resource, word_of(self)):
-            return rows.filter(owners.owned_by(self.request.user))
+            return rows.filter(pk__in=keys_of(self.request.user))
         return rows
 
     @extend_schema(responses={201: IssuedSerializer})

@@ -2,7 +2,7 @@ from proxy.models.keys import GatewayKey, GatewayKeyUse
 from proxy.models.owners import OwnerLimits
 from proxy.models.prices import ModelPrice, PriceList
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
-from proxy.models.usage import SpoolSegment, UsageRecord
+from proxy.models.usage import SpoolSegment, UsageHour, UsageRecord
 
 __all__ = [
     "GatewayKey",
@@ -15,5 +15,6 @@ __all__ = [
     "RouteNode",
     "SpoolSegment",
     "Strategy",
+    "UsageHour",
     "UsageRecord",
 ]

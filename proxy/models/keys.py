@@ -15,7 +15,7 @@ from audit.changes import Identity
 from providers.fields import SealedField
 from providers.models.limited import Limited
 from providers.models.provider import Versioned
-from proxy.owners import Owned, not_a_role
+from proxy.owners import Owned, not_a_role, owned_by
 
 
 def check_models(names: Any) -> None:
@@ -108,6 +108,11 @@ class GatewayKey(Owned, Limited, Versioned):
         return Identity("gateway_key", str(self.pk), self.name, "gateway_key")
 
 
+def keys_of(user: Any) -> models.QuerySet[GatewayKey]:
+    """The keys that are this person's or his teams': whose they are, and whose usage, is decided here."""
+    return GatewayKey.objects.filter(owned_by(user))
+
+
 class GatewayKeyUse(models.Model):
     """What a key has done so far; written by the drainer."""
 
@@ -116,6 +121,8 @@ class GatewayKeyUse(models.Model):
     )
     last_used_at = models.DateTimeField(null=True, blank=True)
     requests_count = models.BigIntegerField(default=0)
+    tokens_used = models.BigIntegerField(default=0)
+    cost_nanodollars = models.BigIntegerField(default=0)
 
     def __str__(self) -> str:
         return f"{self.gateway_key}: {self.last_used_at}"

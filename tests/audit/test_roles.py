@@ -82,7 +82,11 @@ MATRIX: list[tuple[str, str, str]] = [
     ("put", "owner-limits/{limits}", ADMIN),
     ("patch", "owner-limits/{limits}", ADMIN),
     ("delete", "owner-limits/{limits}", ADMIN),
+    ("get", "usage", "m" + READ),
+    ("get", "usage/summary", "m" + READ),
+    ("get", "usage/{usage}", "m" + READ),
 ]
+RECORD = "01990000-0000-7000-8000-000000000001"
 LETTERS = {"member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S"}
 
 
@@ -116,7 +120,7 @@ def things(people: dict[str, User]) -> dict[str, Any]:
     limits = client.post(f"{V1}/owner-limits", {"owner": "the-member"}).json()["id"]
     return {
         "server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route, "price": price,
-        "limits": limits,
+        "limits": limits, "usage": RECORD,
     }  # fmt: skip
 
 
@@ -161,6 +165,7 @@ def _routes() -> Iterator[tuple[str, set[str]]]:
         "model-routes": "{route}",
         "prices": "{price}",
         "owner-limits": "{limits}",
+        "usage": "{usage}",
     }
     for pattern in (*router.urls, *active_router.urls):
         actions = getattr(pattern.callback, "actions", {})

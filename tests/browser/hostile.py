@@ -11,7 +11,7 @@ from audit.changes import changes
 from providers import keys as provider_keys
 from providers.models import ApiKey, HealthCheck, Provider, ProviderHealth, UpstreamModel
 from proxy import keys, prices
-from proxy.models import GatewayKey, ModelPrice, ModelRoute, RouteNode, UsageRecord
+from proxy.models import GatewayKey, ModelPrice, ModelRoute, RouteNode, UsageHour, UsageRecord
 
 
 def fill(texts: Sequence[str]) -> None:
@@ -66,6 +66,10 @@ def _history(provider: Provider, text: str) -> None:
             "attempts": [_attempt(text)],
             "usage_invalid": [text],
         },
+    )
+
+    UsageHour.objects.create(
+        id=uuid.uuid4(), hour=now, gateway_key=text, owner=text, provider=text, model=text, attempts=1
     )
 
 
