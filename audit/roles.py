@@ -44,6 +44,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
             Role.MEMBER: frozenset({"read", "revoke", "rotate"}),
         },
         "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
+        "texts": {},
         "audit": {Role.OPERATOR: _READ},
         "key_stores": {},
         "allow_private": {},
@@ -67,6 +68,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "api_keys": ("providers.apikey", "providers.keyuse"),
         "gateway_keys": ("proxy.gatewaykey", "proxy.gatewaykeyuse"),
         "usage": ("proxy.usagerecord",),
+        "texts": ("proxy.textrecord",),
         "audit": ("audit.entry",),
     }
 )
@@ -83,6 +85,7 @@ WRITTEN_BY_NOBODY: Final = frozenset(
         "providers.jobrun",
         "proxy.gatewaykeyuse",
         "proxy.usagerecord",
+        "proxy.textrecord",
         "proxy.spoolsegment",
     }
 )

@@ -11,7 +11,7 @@ from typing import Any, Self
 from providers.client import Dial
 from providers.errors import Interrupted, ProviderError, Stalled
 from providers.wire import Usage
-from proxy import metrics
+from proxy import estimates, metrics
 from proxy.candidates import Candidate
 from proxy.dialects.openai import ChatRequest
 from proxy.errors import UsageLogUnavailable
@@ -21,7 +21,7 @@ from proxy.selection import Plan
 from proxy.spool import Final, Spool, SpoolUnavailable, new_attempt_id
 
 BYTES_PER_TOKEN = 4
-"""A rough count where the provider gave none; such records say `estimated`."""
+"""A rough count of what is not read yet, for the limits."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +29,7 @@ class Call:
     """One request of a caller, ready to be sent. `held` is what it takes of its key's limits.
 
     resume: whether a stream that breaks is gone on with. journal: its attempts so far, as each record tells them.
+    cache: `hit` or `miss`, where its key keeps answers. last: the attempt that began last.
     """
 
     running: Running
@@ -40,11 +41,16 @@ class Call:
     config_version: int
     resume: bool = False
     journal: list[dict[str, Any]] = field(default_factory=list)
+    cache: str = ""
+    last: Attempt | None = None
 
 
 @dataclass(slots=True)
 class Attempt:
-    """Use as a context manager. `settle` once the outcome is known; leaving without it settles by the exception."""
+    """Use as a context manager. `settle` once the outcome is known; leaving without it settles by the exception.
+
+    tokens: of the answer so far, as far as we can tell. finish_reason: of an answer that is certainly whole.
+    """
 
     call: Call
     candidate: Candidate
@@ -54,8 +60,10 @@ class Attempt:
     began: float = field(default_factory=time.monotonic)
     ttft_ms: int | None = None
     bytes_out: int = 0
-    events: int = 0
+    tokens: int = 0
     usage: Usage | None = None
+    tokens_source: str = "provider"
+    finish_reason: str | None = None
     accepted: bool = False
     settled: bool = False
     dial: Dial = field(default_factory=Dial)
@@ -84,6 +92,7 @@ class Attempt:
             )
         except SpoolUnavailable as error:
             raise UsageLogUnavailable from error
+        call.last = self
         return self
 
     def __exit__(
@@ -140,7 +149,8 @@ class Attempt:
         self.spool.finish(record)
         if self.accepted:
             self.call.held.correct(usage.prompt + usage.completion)
-        metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage)
+        if self.call.cache != "hit":
+            metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage)
 
     def _trace(self, outcome: str, total: int) -> dict[str, Any]:
         """Why it went there: the candidates as they stood, and each attempt so far with its times in ms.
@@ -148,6 +158,8 @@ class Attempt:
         queue: from the request's arrival to this dial; connect: until there was a connection; first_token, total: from the dial.
         """
         call, dialled = self.call, self.dial.connected
+        if call.cache == "hit":
+            return {"candidates": call.plan.trace, "cache": call.cache}
         call.journal.append(
             {
                 "to": self.candidate.full_name,
@@ -159,15 +171,16 @@ class Attempt:
                 "total": total,
             }
         )
-        return {"candidates": call.plan.trace, "attempts": call.journal}
+        trace = {"candidates": call.plan.trace, "attempts": call.journal}
+        return {**trace, "cache": call.cache} if call.cache else trace
 
     def counted(self) -> tuple[Usage, str]:
         """What the provider said; else an estimate, if it took the request at all (F14)."""
         if self.usage is not None:
-            return self.usage, "provider"
+            return self.usage, self.tokens_source
         if not self.accepted:
             return Usage(), "none"
-        return Usage(prompt=self.call.body_bytes // BYTES_PER_TOKEN, completion=self.events), "estimated"
+        return Usage(estimates.of_request(self.call.chat.body), self.tokens), "estimated"
 
 
 def _status_of(error: ProviderError) -> str:

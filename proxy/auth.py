@@ -26,7 +26,7 @@ _ABSENT_DIGEST = keys.digest("0" * 32, _ABSENT_PEPPER)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A gateway key as requests need it. Expiries are epoch seconds."""
+    """A gateway key as requests need it. Expiries are epoch seconds. cache_scope: who shares its cached answers, and since when."""
 
     id: int
     key_id: str
@@ -44,6 +44,14 @@ class Caller:
     resume: bool | None = None
     allowed_models: tuple[str, ...] = ()
     allowed_networks: tuple[Network, ...] = ()
+    record_text: bool = False
+    cache_seconds: int | None = None
+    cache_scope: str = ""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything of its answers is kept."""
+        return self.record_text or self.cache_seconds is not None
 
     def expired(self, now: float) -> bool:
         return self.expires_at is not None and self.expires_at <= now

@@ -90,6 +90,11 @@ class Limits:
         """Whether this process keeps the limits alone: there is no Redis, or it was given up for the moment."""
         return self._link is None or self._link.open
 
+    @property
+    def link(self) -> Link | None:
+        """The way to Redis, for others who may go without an answer; None when there is no Redis."""
+        return self._link
+
     def hold(self, caller: Caller, *, member: str, tokens: int) -> AbstractAsyncContextManager[Held]:
         """Count one request of `tokens` (an estimate), and a place among the running ones until the context is left.
 

@@ -15,6 +15,7 @@ from providers import upstream
 from providers.errors import Interrupted, ProtocolError, ProviderError, Stalled
 from providers.upstream import Reply
 from providers.wire import Chat
+from proxy import estimates
 from proxy.attempts import Attempt, Call
 from proxy.candidates import Candidate
 from proxy.gateway import Gateway
@@ -90,7 +91,10 @@ async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
             body = await upstream.read_bounded(reply, MAX_PLAIN_BYTES)
         finally:
             reply.close()
-    attempt.usage = chat.read_completion(body).usage
+    completion = chat.read_completion(body)
+    attempt.usage, attempt.finish_reason = completion.usage, completion.finish_reason
+    if completion.usage is None:
+        attempt.tokens = estimates.of_answer(body)
     attempt.bytes_out = len(body)
     attempt.settle("success", http_status=reply.status)
     await sink.begin(attempt, len(body))
@@ -115,7 +119,11 @@ async def _stream(gateway: Gateway, attempt: Attempt, sink: Sink, resumption: Re
             finally:
                 reply.close()
     finally:
-        attempt.usage, attempt.events = reader.usage, reader.events
+        attempt.usage, attempt.tokens = (
+            reader.usage,
+            estimates.of_stream(reader.events, reader.text_bytes),
+        )
+        attempt.finish_reason = reader.finish_reason if reader.done else None
     attempt.settle("success", http_status=reply.status)
     if not sink.begun:
         await sink.begin(attempt)

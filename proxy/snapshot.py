@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import NamedTuple, TypeVar
 
 from django.db import connection, transaction
@@ -159,10 +160,24 @@ def _readable(rows: Iterable[Row], make: Callable[[Row], Made]) -> Iterator[Made
 
 def _callers() -> Iterator[Caller]:
     rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner")
-    return _readable((row for row in rows.iterator() if row.owner is None or row.owner.is_active), _caller)
+    emptied = _caches_emptied()
+    good = (row for row in rows.iterator() if row.owner is None or row.owner.is_active)
+    return _readable(good, lambda row: _caller(row, emptied))
 
 
-def _caller(row: GatewayKey) -> Caller:
+def _caches_emptied() -> Mapping[str, datetime]:
+    """Scope to when its cache was last emptied, by whichever of its keys, for the scopes where it ever was."""
+    rows = GatewayKey.objects.filter(cache_emptied_at__isnull=False).order_by("cache_emptied_at")
+    return {_scope(row): row.cache_emptied_at for row in rows.iterator() if row.cache_emptied_at}
+
+
+def _scope(row: GatewayKey) -> str:
+    """Who shares cached answers: the keys of a person, else nobody but the key itself."""
+    return f"key:{row.key_id}" if row.owner_id is None else f"user:{row.owner_id}"
+
+
+def _caller(row: GatewayKey, emptied: Mapping[str, datetime]) -> Caller:
+    scope = _scope(row)
     return Caller(
         id=row.pk,
         key_id=row.key_id,
@@ -180,6 +195,9 @@ def _caller(row: GatewayKey) -> Caller:
         resume=row.resume_streams,
         allowed_models=tuple(_texts(row.allowed_models)),
         allowed_networks=tuple(ipaddress.ip_network(each) for each in _texts(row.allowed_networks)),
+        record_text=row.record_text,
+        cache_seconds=row.cache_seconds,
+        cache_scope=f"{scope} {emptied.get(scope, '')}",
     )
 
 

@@ -60,7 +60,9 @@ def usage_row(record: Mapping[str, Any]) -> Row | None:
     values["tokens_source"] = _choice(record, "tokens_source", SOURCES, TokensSource.NONE, wrong)
     values["created_at"] = _moment(record, key, wrong)
     values["trace"] = _trace(record.get("trace"), wrong)
-    return {"id": key, "cost_nanodollars": None, "price_id": None, **values}
+    # Tokens of an answer from the cache are told, and cost nothing.
+    cost = 0 if isinstance(values["trace"], dict) and values["trace"].get("cache") == "hit" else None
+    return {"id": key, "cost_nanodollars": cost, "price_id": None, **values}
 
 
 def insert(rows: Sequence[Row]) -> list[Row]:

@@ -1,5 +1,6 @@
 from proxy.models.keys import GatewayKey, GatewayKeyUse
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
+from proxy.models.texts import TextRecord
 from proxy.models.usage import SpoolSegment, UsageRecord
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "RouteNode",
     "SpoolSegment",
     "Strategy",
+    "TextRecord",
     "UsageRecord",
 ]
