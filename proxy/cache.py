@@ -78,7 +78,7 @@ class Cache:
         if self._link is None or self._link.open or attempt.finish_reason not in WHOLE:
             return
         usage, source = attempt.counted()
-        head = {"at": time.time(), "from": attempt.candidate.full_name, "usage": usage, "source": source}
+        head = {"at": time.time(), "from": attempt.candidate.full_name, "usage": [*usage], "source": source}
         value = sealing.seal_value(orjson.dumps(head) + b"\n" + body, name=slot.name)
         if len(value) <= MAX_VALUE_BYTES and self._has_room(len(value), slot.seconds):
             self._link.send(Operation(("SET", slot.name, value, "EX", slot.seconds)))

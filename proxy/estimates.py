@@ -1,7 +1,7 @@
 """How many tokens a prompt or an answer has, where the provider did not say: an estimate, in bounded time. Pure.
 
 Texts are counted by their shapes (words, numbers, signs, scripts without spaces), with weights fitted to OpenAI's o200k_base: within
-an eighth for prose and code, a quarter for what is neither. Vocabularies differ from each other by as much. A tokenizer would be exact
+an eighth for code and for prose in Latin letters, Chinese and Japanese, a quarter for most of the rest. Vocabularies differ from each other by as much. A tokenizer would be exact
 for one of them; what that costs is in docs/adr/0015-tokens-are-estimated.md.
 """
 
@@ -31,8 +31,10 @@ IMAGE, SMALL_IMAGE, AUDIO, FILE = 765, 85, 600, 2000
 a file of a few pages."""
 FLAT = {"image_url": IMAGE, "input_audio": AUDIO, "file": FILE}
 
+LONG_EVENT_BYTES = 8
+"""Of text in an event, on average, above which there is more than one token in each."""
 BYTES_PER_TOKEN = 4.5
-"""Of the text of an answer whose events hold more than a token each."""
+"""Of the text of such answers."""
 
 _WORD = re.compile("[A-Z]?[a-z\u00aa-\u036f]+")
 _CAPITALS = re.compile("[A-Z]{1,3}(?![a-z\u00aa-\u036f])")
@@ -69,7 +71,7 @@ def of_answer(body: bytes) -> int:
 
 def of_stream(events: int, text_bytes: int) -> int:
     """What was forwarded of a stream: most providers send a token in each event, and what some put together is told by its size."""
-    return max(events, round(text_bytes / BYTES_PER_TOKEN))
+    return events if text_bytes <= LONG_EVENT_BYTES * events else round(text_bytes / BYTES_PER_TOKEN)
 
 
 def of_text(text: str) -> int:

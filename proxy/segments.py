@@ -75,12 +75,15 @@ class Final(TypedDict, total=False):
     trace: Any
 
 
-class Text(TypedDict):
+class SealedTexts(TypedDict):
     """What was asked and answered in an attempt, each sealed for its row."""
 
-    id: str
     prompt: str
     answer: str
+
+
+class Text(SealedTexts):
+    id: str
 
 
 def encode(record: dict[str, Any], *, behind: bytes = b"") -> bytes:

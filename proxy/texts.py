@@ -19,6 +19,7 @@ from providers.errors import CredentialUnavailable
 from providers.fields import raw
 from proxy.copies import Clip, listed
 from proxy.models import TextRecord, UsageRecord
+from proxy.segments import SealedTexts
 from proxy.spool import Spool
 
 MAX_TEXT_BYTES = 16 * 1024
@@ -38,15 +39,17 @@ class Said(NamedTuple):
 def keep(spool: Spool, attempt_id: str, body: Mapping[str, Any], answer: str) -> None:
     """Seal what was asked and answered, and give it to the spool. Does not wait; without a keyring nothing is kept."""
     try:
-        spool.keep(
-            {
-                "id": attempt_id,
-                "prompt": _seal(prompt_of(body), "prompt", attempt_id),
-                "answer": _seal(answer, "answer", attempt_id),
-            }
-        )
+        spool.keep({"id": attempt_id, **sealed(attempt_id, Said(prompt_of(body), answer))})
     except CredentialUnavailable:
         return
+
+
+def sealed(uid: str, said: Said) -> SealedTexts:
+    """Both texts, sealed for the row of this id. Raises KeyringUnavailable."""
+    prompt, answer = (
+        sealing.seal(text, model=MODEL, field=name, uid=uid) for name, text in zip(FIELDS, said, strict=True)
+    )
+    return {"prompt": prompt, "answer": answer}
 
 
 def prompt_of(body: Mapping[str, Any]) -> str:
@@ -100,7 +103,8 @@ def _row(record: Mapping[str, Any]) -> TextRecord | None:
 
 def read(row: TextRecord) -> Said:
     """Raises CredentialUndecryptable when it was changed, or its key is gone."""
-    return Said(*(_unseal(raw(getattr(row, name)), name, row.pk.hex) for name in FIELDS))
+    stored = ((name, raw(getattr(row, name))) for name in FIELDS)
+    return Said(*(sealing.unseal(text, model=MODEL, field=name, uid=row.pk.hex) for name, text in stored))
 
 
 def purge(*, most: int) -> int:
@@ -108,11 +112,3 @@ def purge(*, most: int) -> int:
     before = timezone.now() - timedelta(days=settings.TEXT_RETENTION_DAYS)
     old = TextRecord.objects.filter(created_at__lt=before).order_by("created_at").values_list("pk", flat=True)
     return TextRecord.objects.filter(pk__in=list(old[:most])).delete()[0]
-
-
-def _seal(text: str, field: str, uid: str) -> str:
-    return sealing.seal(text, model=MODEL, field=field, uid=uid)
-
-
-def _unseal(sealed: str, field: str, uid: str) -> str:
-    return sealing.unseal(sealed, model=MODEL, field=field, uid=uid)
