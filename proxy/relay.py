@@ -37,7 +37,8 @@ class Sink(Protocol):
     keep_alive: say between events that we are still there, where the transport does not say so itself.
     """
 
-    begun: bool
+    @property
+    def begun(self) -> bool: ...
 
     async def begin(self, attempt: Attempt, length: int | None = None) -> None: ...
     async def send(self, data: bytes) -> None: ...
