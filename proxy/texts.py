@@ -92,13 +92,17 @@ def _row(record: Mapping[str, Any]) -> TextRecord | None:
     except (KeyError, ValueError, TypeError, AttributeError):
         return None
     sealed = {name: record.get(name) for name in FIELDS}
-    if not all(
-        isinstance(text, str) and len(text) <= MAX_SEALED and sealing.sealed_under(text)
-        for text in sealed.values()
-    ):
+    if not all(map(_is_sealed, sealed.values())):
         return None
     under = sealing.sealed_under(str(sealed["prompt"]))
     return TextRecord(usage_id=key, created_at=timezone.now(), data_key=under[:32], **sealed)
+
+
+def _is_sealed(text: object) -> bool:
+    """Whether it looks like what a worker seals; what does not might be in clear, or no database would take it."""
+    if not isinstance(text, str) or len(text) > MAX_SEALED:
+        return False
+    return text.isascii() and text.isprintable() and bool(sealing.sealed_under(text))
 
 
 def read(row: TextRecord) -> Said:

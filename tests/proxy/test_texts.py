@@ -34,7 +34,9 @@ from tests.support.api import V1, as_
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
-BODY = {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a question"}]}
+BODY: dict[str, Any] = {
+    "messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "a question"}]
+}
 
 
 @pytest.fixture
@@ -168,12 +170,12 @@ def spool(tmp_path: Path, ring: crypto.Keyring) -> Iterator[Spool]:
     spool.close()
 
 
-def a_said_attempt(spool: Spool, answer: str = "an answer", **final: Any) -> str:
+def a_said_attempt(spool: Spool, answer: str = "an answer", **final: Any) -> uuid.UUID:
     key = new_attempt_id()
     spool.start(a_start(key))
     spool.finish(a_final(key, **final))
     texts.keep(spool, key, BODY, answer)
-    return key
+    return uuid.UUID(key)
 
 
 def drained(spool: Spool) -> list[TextRecord]:
@@ -185,7 +187,7 @@ def drained(spool: Spool) -> list[TextRecord]:
 def test_the_drainer_puts_a_text_beside_its_record(spool: Spool) -> None:
     key = a_said_attempt(spool)
     (row,) = drained(spool)
-    assert row.pk == uuid.UUID(key) and row.usage.gateway_key == "shop"
+    assert row.pk == key and row.usage.gateway_key == "shop"
     assert texts.read(row) == ("system: be kind\nuser: a question\n", "an answer")
     assert row.data_key == crypto.current_keyring().primary
 
@@ -204,7 +206,9 @@ def test_a_text_without_a_record_or_in_clear_is_not_taken(spool: Spool) -> None:
     texts.keep(spool, new_attempt_id(), BODY, "nobody's")  # there is no segment yet
     known = a_said_attempt(spool)
     texts.keep(spool, new_attempt_id(), BODY, "nobody's")
-    spool.keep({"id": known, "prompt": "in clear", "answer": "in clear"})
+    spool.keep({"id": known.hex, "prompt": "in clear", "answer": "in clear"})
+    spool.keep({"id": known.hex, "prompt": "v1.a.\0", "answer": "v1.a.\0"})
+    spool.keep({"id": known.hex, "prompt": "v1.a." + "A" * texts.MAX_SEALED, "answer": "v1.a.A"})
     spool.keep({"id": "no id", "prompt": "x", "answer": "y"})
     assert drained(spool) == []
     assert UsageRecord.objects.count() == 1
@@ -213,7 +217,7 @@ def test_a_text_without_a_record_or_in_clear_is_not_taken(spool: Spool) -> None:
 def test_a_text_that_comes_twice_is_there_once(spool: Spool) -> None:
     key = a_said_attempt(spool)
     drained(spool)
-    texts.keep(spool, key, BODY, "again")
+    texts.keep(spool, key.hex, BODY, "again")
     (row,) = drained(spool)
     assert texts.read(row).answer == "an answer"
 
@@ -222,7 +226,7 @@ def test_deleting_the_record_deletes_its_text(spool: Spool) -> None:
     one, two = a_said_attempt(spool), a_said_attempt(spool)
     assert len(drained(spool)) == 2
     UsageRecord.objects.filter(pk=one).delete()
-    assert [row.pk.hex for row in TextRecord.objects.all()] == [two]
+    assert [row.pk for row in TextRecord.objects.all()] == [two]
 
 
 def test_a_text_opens_for_its_own_row_alone(spool: Spool) -> None:
@@ -244,7 +248,7 @@ def test_texts_are_forgotten_after_their_days_and_records_stay(spool: Spool, set
     TextRecord.objects.filter(pk=old).update(created_at=timezone.now() - timedelta(days=3, seconds=1))
     TextRecord.objects.filter(pk=young).update(created_at=timezone.now() - timedelta(days=3, seconds=-60))
     purge_texts()
-    assert [row.pk.hex for row in TextRecord.objects.all()] == [young]
+    assert [row.pk for row in TextRecord.objects.all()] == [young]
     assert UsageRecord.objects.count() == 2
 
 
@@ -306,10 +310,13 @@ def test_a_text_that_does_not_open_is_named_by_rewrap_and_doctor(spool: Spool, c
     )
     with pytest.raises(SystemExit):
         call_command("doctor")
-    assert f"proxy.TextRecord {broken}" in capsys.readouterr().out
+    assert f"proxy.TextRecord {broken.hex}" in capsys.readouterr().out
     rotation.new_key()
     result = rotation.rewrap()
-    assert (result.count, [str(each) for each in result.failed]) == (1, [f"proxy.TextRecord {broken} text"])
+    assert (result.count, [str(each) for each in result.failed]) == (
+        1,
+        [f"proxy.TextRecord {broken.hex} text"],
+    )
     assert texts.read(TextRecord.objects.get(pk=well)).answer == "an answer"
 
 
@@ -323,42 +330,42 @@ def browser(person: User) -> Client:
 
 
 @pytest.fixture
-def said(spool: Spool) -> str:
+def said(spool: Spool) -> uuid.UUID:
     """An attempt whose text is in the database; its id."""
     key = a_said_attempt(spool, "a secret <b>answer</b>")
     drained(spool)
     return key
 
 
-def address(key: str) -> str:
-    return reverse("admin:proxy_usagerecord_text", args=[uuid.UUID(key)])
+def address(key: uuid.UUID) -> str:
+    return reverse("admin:proxy_usagerecord_text", args=[key])
 
 
-def test_an_administrator_reads_it_and_the_audit_log_says_so_each_time(owner: User, said: str) -> None:
+def test_an_administrator_reads_it_and_the_audit_log_says_so_each_time(owner: User, said: uuid.UUID) -> None:
     client = browser(owner)
-    page = client.get(reverse("admin:proxy_usagerecord_change", args=[uuid.UUID(said)])).content.decode()
+    page = client.get(reverse("admin:proxy_usagerecord_change", args=[said])).content.decode()
     assert "a secret" not in page and address(said) in page
     for times in (1, 2):
         answer = client.post(address(said))
         shown = html.unescape(re.sub(r"<[^>]*>", " ", answer.content.decode()))
         assert "a secret <b>answer</b>" in shown and "user: a question" in shown
         assert "no-store" in answer["cache-control"]
-        entries = Entry.objects.filter(action="read_text", entity_id=str(uuid.UUID(said)))
+        entries = Entry.objects.filter(action="read_text", entity_id=str(said))
         assert [(each.username, each.via) for each in entries] == [("owner", "admin")] * times
     assert "secret" not in str(list(Entry.objects.values()))
 
 
-def test_looking_at_its_address_shows_and_records_nothing(owner: User, said: str) -> None:
+def test_looking_at_its_address_shows_and_records_nothing(owner: User, said: uuid.UUID) -> None:
     answer = browser(owner).get(address(said))
     assert answer.status_code == 302 and not Entry.objects.filter(action="read_text").exists()
 
 
 @pytest.mark.parametrize("role", ["operator", "viewer", "stranger"])
-def test_nobody_else_reads_it_or_is_told_that_it_is_there(request: Any, role: str, said: str) -> None:
+def test_nobody_else_reads_it_or_is_told_that_it_is_there(request: Any, role: str, said: uuid.UUID) -> None:
     client = browser(request.getfixturevalue(role))
     answer = client.post(address(said))
     assert answer.status_code in (302, 403) and b"a secret" not in answer.content
-    page = client.get(reverse("admin:proxy_usagerecord_change", args=[uuid.UUID(said)]))
+    page = client.get(reverse("admin:proxy_usagerecord_change", args=[said]))
     assert address(said) not in page.content.decode()
     assert not Entry.objects.filter(action="read_text").exists()
 
@@ -368,13 +375,14 @@ def test_a_record_without_a_text_has_no_such_page(owner: User, spool: Spool) -> 
     spool.start(a_start(key))
     spool.finish(a_final(key))
     drained(spool)
+    pk = uuid.UUID(key)
     client = browser(owner)
-    assert client.post(address(key)).status_code == 404
-    page = client.get(reverse("admin:proxy_usagerecord_change", args=[uuid.UUID(key)])).content.decode()
-    assert address(key) not in page
+    assert client.post(address(pk)).status_code == 404
+    page = client.get(reverse("admin:proxy_usagerecord_change", args=[pk])).content.decode()
+    assert address(pk) not in page
 
 
-def test_a_text_that_does_not_open_says_why(owner: User, said: str) -> None:
+def test_a_text_that_does_not_open_says_why(owner: User, said: uuid.UUID) -> None:
     TextRecord.objects.update(answer=raw(TextRecord.objects.get().prompt))
     page = browser(owner).post(address(said)).content.decode()
     assert "belongs elsewhere" in page and "a question" not in page
