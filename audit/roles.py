@@ -46,6 +46,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         },
         "owner_limits": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ, Role.MEMBER: _READ},
+        "texts": {},
         "audit": {Role.OPERATOR: _READ},
         "key_stores": {},
         "allow_private": {},
@@ -72,6 +73,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "gateway_keys": ("proxy.gatewaykey", "proxy.gatewaykeyuse"),
         "owner_limits": ("proxy.ownerlimits",),
         "usage": ("proxy.usagerecord", "proxy.usagehour"),
+        "texts": ("proxy.textrecord",),
         "audit": ("audit.entry",),
     }
 )
@@ -91,6 +93,7 @@ WRITTEN_BY_NOBODY: Final = frozenset(
         "proxy.pricelist",
         "proxy.usagehour",
         "proxy.usagerecord",
+        "proxy.textrecord",
         "proxy.spoolsegment",
     }
 )

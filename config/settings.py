@@ -255,6 +255,7 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 3600.0,
         "options": {"expires": 1800},
     },
+    "purge-texts": {"task": "proxy.tasks.purge_texts", "schedule": 3600.0, "options": {"expires": 1800}},
     # Every hour, since beat may be down when the day begins; only the first tick of a day does something.
     "forget-logins": {
         "task": "config.tasks.forget_logins",
@@ -414,6 +415,7 @@ SPECTACULAR_SETTINGS = {
 # -- the data plane --------------------------------------------------------------------------------------------------
 
 DEFAULT_MAX_CONCURRENCY = env.whole("DEFAULT_MAX_CONCURRENCY", 50)
+TEXT_RETENTION_DAYS = env.whole("TEXT_RETENTION_DAYS", 30, least=1, most=3650)
 MAX_REQUEST_BYTES = env.whole("MAX_REQUEST_BYTES", 10 * 1024 * 1024, least=1024, most=1024**3)
 MAX_RUNNING_REQUESTS = env.whole("MAX_RUNNING_REQUESTS", 2000, least=1, most=1_000_000)
 MEMORY_LIMIT_BYTES = env.whole("MEMORY_LIMIT_BYTES", 0, least=0, most=2**50)

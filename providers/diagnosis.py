@@ -17,7 +17,7 @@ class Finding:
     what: str
     problem: str
     model: str = ""
-    pk: int | None = None
+    pk: int | str | None = None
     field: str = ""
 
     def __str__(self) -> str:

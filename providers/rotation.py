@@ -2,7 +2,7 @@
 
     new       add a data key; from now on values are sealed under it. With PENSTOCK_NEW_ENCRYPTION_KEY set, also wrap the
               keyring under that key, so that processes start with either.
-    rewrap    seal every stored value again under the newest data key: batch by batch, a value only while it is still the one
+    rewrap    seal every stored value again under the newest data key, those of other apps (`TABLES`) too: batch by batch, a value only while it is still the one
               that was read. It may be killed at any row and run again.
     retire    forget the older data keys, and the encryption keys that are not configured, once nothing needs them.
 
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 from django.utils import timezone
 
@@ -34,6 +35,29 @@ _REWRAP = "rewrap_keyring"
 _NAMED = 20
 
 
+class SealedTable(Protocol):
+    """A table of sealed values that another app has, besides the keys of providers. Its rows are rewrapped inside `audit.changes`."""
+
+    name: str
+
+    def counts(self) -> dict[str, int]:
+        """How many rows are sealed under each data key, by its id."""
+        ...
+
+    def rewrap(self, *, after: str, most: int) -> tuple[str, list[str], list[SealedValue]]:
+        """Seal again up to `most` rows behind `after` that are not under the primary key: the last one looked at (empty: there were
+        none), those that were done, and those that do not open. A row that was replaced since it was read is left alone."""
+        ...
+
+    def broken(self) -> Iterator[SealedValue]:
+        """The rows that do not open."""
+        ...
+
+
+TABLES: list[SealedTable] = []
+"""Filled by the apps that have some, when they are ready."""
+
+
 class RotationRefused(Exception):
     """This step would lock somebody out, so nothing was done. The message says what to do first."""
 
@@ -43,7 +67,7 @@ class SealedValue:
     """Where a sealed value is, and what keeps it from opening (nothing: it opens)."""
 
     model: str
-    pk: int
+    pk: int | str
     field: str
     key: str
     problem: str = ""
@@ -94,7 +118,25 @@ def rewrap(*, batch: int = BATCH, tell: Callable[[int], None] = lambda count: No
         if older:
             done += _rewrap_batch(older, failed)
             tell(done)
+    for table in TABLES:
+        for count in _rewrap_table(table, batch, failed):
+            done += count
+            tell(done)
     return Rewrapped(done, tuple(failed))
+
+
+def _rewrap_table(table: SealedTable, batch: int, failed: list[SealedValue]) -> Iterator[int]:
+    """As for the keys: how many rows each transaction sealed again."""
+    after = ""
+    while True:
+        with changes(actor=None, via="command"):
+            after, done, wrong = table.rewrap(after=after, most=batch)
+            failed += wrong
+            if done:
+                _record_rewrap(table.name, done)
+        if not after:
+            return
+        yield len(done)
 
 
 def _rewrap_batch(rows: list[ApiKey], failed: list[SealedValue]) -> int:
@@ -110,14 +152,13 @@ def _rewrap_batch(rows: list[ApiKey], failed: list[SealedValue]) -> int:
             if ApiKey.objects.filter(pk=key.pk, secret=key.secret).update(secret=fresh):
                 done.append(key.pk)
         if done:
-            row = KeyringRow.objects.get()
-            record(
-                row,
-                verb="rewrap",
-                before={},
-                after={"providers.ApiKey.secret": done, "primary": row.primary_kid},
-            )
+            _record_rewrap("providers.ApiKey.secret", done)
     return len(done)
+
+
+def _record_rewrap(what: str, done: list[int] | list[str]) -> None:
+    row = KeyringRow.objects.get()
+    record(row, verb="rewrap", before={}, after={what: done, "primary": row.primary_kid})
 
 
 def retire(*, wait: Callable[[float], None] = time.sleep) -> list[str]:
@@ -141,10 +182,15 @@ def retire(*, wait: Callable[[float], None] = time.sleep) -> list[str]:
 def _refuse_if_used() -> None:
     primary = keyring.current().primary
     used = [str(_value(key)) for key in _keys() if keyring.sealed_under(key) != primary]
+    number = len(used)
+    for table in TABLES:
+        older = sum(count for kid, count in table.counts().items() if kid != primary)
+        used += [f"{older} of {table.name}"] if older else []
+        number += older
     if used:
         named = ", ".join(used[:_NAMED]) + (f" and {len(used) - _NAMED} more" if len(used) > _NAMED else "")
         raise RotationRefused(
-            f"{len(used)} values are not sealed under the primary key: {named}; run rewrap, and enter or delete those it names"
+            f"{number} values are not sealed under the primary key: {named}; run rewrap, and enter or delete those it names"
         )
 
 
@@ -160,14 +206,17 @@ def status() -> KeyringStatus:
     ring = keyring.current()
     counts = Counter(dict.fromkeys(ring.keys, 0))
     counts.update(keyring.sealed_under(key) for key in _keys())
+    for table in TABLES:
+        counts.update(table.counts())
     return KeyringStatus(
         ring.primary, dict(counts), len(KeyringRow.objects.get().wraps), keyring.foreign_wraps()
     )
 
 
 def values_that_do_not_open() -> list[SealedValue]:
-    """Every stored value that does not open for its row and its provider's address. The keyring must be loaded."""
-    return [_value(key, problem) for key in _keys() if (problem := keyring.problem(key))]
+    """Every stored value that does not open for its row, or its provider's address. The keyring must be loaded."""
+    found = [_value(key, problem) for key in _keys() if (problem := keyring.problem(key))]
+    return [*found, *(value for table in TABLES for value in table.broken())]
 
 
 def _value(key: ApiKey, problem: str = "") -> SealedValue:

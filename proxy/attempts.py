@@ -11,17 +11,18 @@ from typing import Any, Self
 from providers.client import Dial
 from providers.errors import Interrupted, ProviderError, Stalled
 from providers.wire import Usage
-from proxy import metrics
+from proxy import estimates, metrics
 from proxy.candidates import Candidate
 from proxy.dialects.openai import ChatRequest
 from proxy.errors import UsageLogUnavailable
 from proxy.inflight import Running
 from proxy.limits import UNLIMITED, Held
+from proxy.pricing import Price
 from proxy.selection import Plan
 from proxy.spool import Final, Spool, SpoolUnavailable, new_attempt_id
 
 BYTES_PER_TOKEN = 4
-"""A rough count where the provider gave none; such records say `estimated`."""
+"""A rough count of what is not read yet, for the limits."""
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +30,7 @@ class Call:
     """One request of a caller, ready to be sent. `held` is what it takes of the limits of its key and owner.
 
     tokens: of all its attempts so far. resume: whether a stream that breaks is gone on with. journal: its attempts so far, as each record tells them.
+    cache: `hit` or `miss`, where its key keeps answers. last: the attempt that began last.
     """
 
     running: Running
@@ -41,6 +43,8 @@ class Call:
     resume: bool = False
     tokens: int = 0
     journal: list[dict[str, Any]] = field(default_factory=list)
+    cache: str = ""
+    last: Attempt | None = None
 
     def passed_over(self, candidate: Candidate) -> None:
         """Note for people why this one was not dialled."""
@@ -53,6 +57,7 @@ class Attempt:
     """Use as a context manager. `settle` once the outcome is known; leaving without it settles by the exception.
 
     place: what it takes of the limits of the provider's key.
+    tokens: of the answer so far, as far as we can tell. finish_reason: of an answer that is certainly whole.
     """
 
     call: Call
@@ -64,8 +69,10 @@ class Attempt:
     began: float = field(default_factory=time.monotonic)
     ttft_ms: int | None = None
     bytes_out: int = 0
-    events: int = 0
+    tokens: int = 0
     usage: Usage | None = None
+    tokens_source: str = "provider"
+    finish_reason: str | None = None
     accepted: bool = False
     settled: bool = False
     dial: Dial = field(default_factory=Dial)
@@ -94,6 +101,7 @@ class Attempt:
             )
         except SpoolUnavailable as error:
             raise UsageLogUnavailable from error
+        call.last = self
         return self
 
     def __exit__(
@@ -143,7 +151,7 @@ class Attempt:
             "reasoning_tokens": usage.reasoning,
             "tokens_source": source,
             "cost_nanodollars": cost,
-            "price_id": self.candidate.price.id if self.candidate.price else None,
+            "price_id": self.price.id if self.price else None,
             "ttft_ms": self.ttft_ms,
             "duration_ms": total,
             "bytes_out": self.bytes_out,
@@ -153,7 +161,8 @@ class Attempt:
         self.spool.finish(record)
         if self.accepted:
             self._correct(usage.prompt + usage.completion)
-        metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage, cost)
+        if self.call.cache != "hit":
+            metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage, cost)
 
     def _correct(self, tokens: int) -> None:
         self.place.correct(tokens)
@@ -166,6 +175,8 @@ class Attempt:
         queue: from the request's arrival to this dial; connect: until there was a connection; first_token, total: from the dial.
         """
         call, dialled = self.call, self.dial.connected
+        if call.cache == "hit":
+            return {"candidates": call.plan.trace, "cache": call.cache}
         call.journal.append(
             {
                 "to": self.candidate.full_name,
@@ -177,23 +188,28 @@ class Attempt:
                 "total": total,
             }
         )
-        return {"candidates": call.plan.trace, "attempts": call.journal}
+        trace = {"candidates": call.plan.trace, "attempts": call.journal}
+        return {**trace, "cache": call.cache} if call.cache else trace
 
     def counted(self) -> tuple[Usage, str]:
         """What the provider said; else an estimate, if it took the request at all (F14)."""
         if self.usage is not None:
-            return self.usage, "provider"
+            return self.usage, self.tokens_source
         if not self.accepted:
             return Usage(), "none"
-        return Usage(prompt=self.call.body_bytes // BYTES_PER_TOKEN, completion=self.events), "estimated"
+        return Usage(estimates.of_request(self.call.chat.body), self.tokens), "estimated"
+
+    @property
+    def price(self) -> Price | None:
+        """By which it is billed: the one that was known when the request was planned. An answer from the cache has none."""
+        return None if self.call.cache == "hit" else self.candidate.price
 
     def cost(self, usage: Usage) -> int | None:
-        """Nano-dollars by the price that was known when the request was planned; None where none was. What the provider did
-        not take costs nothing, not even what it asks for each request."""
-        price = self.candidate.price
-        if price is None:
+        """Nano-dollars; None where no price is known. What the provider did not take costs nothing, not even what it asks
+        for each request."""
+        if self.price is None:
             return None
-        return price.cost(usage) if self.accepted or self.usage is not None else 0
+        return self.price.cost(usage) if self.accepted or self.usage is not None else 0
 
 
 def _status_of(error: ProviderError) -> str:

@@ -35,6 +35,7 @@ class Caller:
     owner: as records and the API write it, `alice` or `team:ml`; nothing of a key that is nobody's. user_id, team_id: the
     owner's, of which there is one at the most. owner_quota: what all keys of the owner may do together.
     scopes: what its requests are counted for, the key before its owner.
+    cache_scope: who shares its cached answers, and since when.
     """
 
     id: int
@@ -56,6 +57,9 @@ class Caller:
     user_id: int | None = None
     team_id: int | None = None
     owner_quota: Quota | None = None
+    record_text: bool = False
+    cache_seconds: int | None = None
+    cache_scope: str = ""
     scopes: Scopes | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +72,11 @@ class Caller:
             name = self.owner.removeprefix(TEAM)
             return scope(f"team:{self.team_id}", f"the team {name}", self.owner_quota)
         return scope(f"user:{self.user_id}", f"the user {self.owner}", self.owner_quota)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything of its answers is kept."""
+        return self.record_text or self.cache_seconds is not None
 
     def expired(self, now: float) -> bool:
         return self.expires_at is not None and self.expires_at <= now

@@ -11,7 +11,7 @@ Pairs = tuple[tuple[bytes, bytes], ...]
 
 EXPOSED = (
     b"x-request-id, x-penstock-provider, x-penstock-model, x-penstock-attempts, x-penstock-config, x-penstock-route, "
-    b"retry-after"
+    b"x-penstock-cache, retry-after"
 )
 
 
@@ -35,7 +35,7 @@ def preflight(scope: Mapping[str, Any]) -> Pairs:
         (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
         (
             b"access-control-allow-headers",
-            b"authorization, content-type, x-api-key, x-request-id, x-penstock-resume",
+            b"authorization, cache-control, content-type, x-api-key, x-request-id, x-penstock-resume",
         ),
         (b"access-control-max-age", b"600"),
     )

@@ -15,6 +15,7 @@ from providers.client import Sessions, tls_context
 from proxy import metrics
 from proxy.auth import Caller
 from proxy.breaker import Breakers
+from proxy.cache import Cache
 from proxy.candidates import Conditions
 from proxy.cooldown import Cooldowns
 from proxy.grapevine import Grapevine, Hearsay
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """watcher: configuration and weather. sessions: connections to providers. spool: the usage log on disk.
 
-    breakers, cooldowns, retries, routes, limits, registry: as their modules say.
+    breakers, cache, cooldowns, retries, routes, limits, registry: as their modules say.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Gateway:
         """What belongs to one process: a worker is forked after this module was imported, and makes its own."""
         self.spool = Spool(self._spool_dir)
         self.limits = Limits(self._redis_url, workers=self._workers)
+        self.cache = Cache(self.limits.link, workers=self._workers)
         self.breakers = Breakers()
         self.cooldowns = Cooldowns()
         self.grapevine = Grapevine(self._redis_url)

@@ -94,6 +94,12 @@ def rotate(key: GatewayKey, *, overlap: timedelta = DEFAULT_OVERLAP) -> str:
     return whole
 
 
+def empty_cache(key: GatewayKey) -> None:
+    """Have no answer that was kept until now given again, to this key or another one of its owner. Saves; inside `audit.changes`."""
+    key.cache_emptied_at = timezone.now()
+    key.save()
+
+
 def revoke(key: GatewayKey) -> None:
     """End the key for ever, on every worker and every open stream. Saves; inside `audit.changes`."""
     key.revoked_at = timezone.now()

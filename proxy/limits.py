@@ -57,6 +57,11 @@ class Limits:
         """Whether this process keeps the limits alone: there is no Redis, or it was given up for the moment."""
         return self._link is None or self._link.open
 
+    @property
+    def link(self) -> Link | None:
+        """The way to Redis, for others who may go without an answer; None when there is no Redis."""
+        return self._link
+
     def hold(
         self, scopes: Scopes | None, *, member: str, tokens: int, alone: bool = False
     ) -> AbstractAsyncContextManager[Held]:

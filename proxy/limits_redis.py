@@ -2,7 +2,7 @@
 
 Operations are written as they come, together with whatever else the same turn of the event loop brought, and their replies
 are read in that order: a burst costs one round trip and no task. Nothing read from Redis is trusted for anything but
-counting: answers must be whole numbers.
+counting: answers must be whole numbers, or bytes whose reader can tell that we wrote them.
 """
 
 from __future__ import annotations
@@ -121,6 +121,11 @@ class Link:
         if isinstance(reply, list) and all(type(item) is int for item in reply):
             return reply
         raise LinkFailed("not numbers")
+
+    async def read(self, name: str, *, most: int) -> bytes:
+        """The first `most` bytes under a name, nothing when there are none. Whoever asks makes sure that they are his."""
+        reply = await self._do(Operation(("GETRANGE", name, 0, most - 1)))
+        return reply if isinstance(reply, bytes) else b""
 
     def send(self, operation: Operation) -> None:
         """Have it done soon: with the next question, or after LINGER. Nobody waits for it.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ATTEMPTS = Counter(
     "penstock_attempts_total", "Attempts at providers, by how they ended.", ["provider", "status"]
 )
+CACHE = Counter("penstock_cache_total", "Requests of keys that keep answers, by what was found.", ["result"])
 REFUSED = Counter("penstock_refused_total", "Requests refused before any provider was dialled.", ["code"])
 TOKENS = Counter("penstock_tokens_total", "Tokens, as counted or estimated.", ["provider", "direction"])
 COST = Counter("penstock_cost_dollars_total", "US dollars, where the price is known.", ["provider"])

@@ -13,7 +13,7 @@ from typing import Protocol
 from django.conf import settings
 
 from audit.strict_json import StrictJSONError, loads
-from proxy import auth, relay, selection
+from proxy import auth, keeping, relay, selection
 from proxy.attempts import BYTES_PER_TOKEN, Call
 from proxy.auth import Caller, RawHeaders
 from proxy.dialects import openai
@@ -54,7 +54,11 @@ async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
         ) as held:
             body = await request.body()
             async with request.left(running):
-                await relay.run(gateway, prepare(gateway, request, running, held, body), sink)
+                call = prepare(gateway, request, running, held, body)
+                if caller.keeps:
+                    await keeping.run(gateway, call, request.headers, sink)
+                else:
+                    await relay.run(gateway, call, sink)
     except asyncio.CancelledError:
         if running.ending is None:
             raise

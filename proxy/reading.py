@@ -24,12 +24,13 @@ class AnswerReader:
     """One stream of one attempt.
 
     begun: it has content, so it is committed to the caller. complete: every choice has its finish reason, or the upstream
-    said it is done. failure: what went wrong inside it; the bytes before it are still to be forwarded.
+    said it is done. failure: what went wrong inside it; the bytes before it are still to be forwarded. events, text_bytes: how
+    many events with a part of the answer there were, and how much text was in them.
     """
 
     __slots__ = (
         "_chat", "_choices", "_held", "_like", "_splitter", "_wants_usage",
-        "begun", "complete", "done", "events", "failure", "finish_reason", "usage",
+        "begun", "complete", "done", "events", "failure", "finish_reason", "text_bytes", "usage",
     )  # fmt: skip
 
     def __init__(self, chat: Chat, *, choices: int, wants_usage: bool) -> None:
@@ -40,7 +41,7 @@ class AnswerReader:
         self._held: list[bytes] = []
         self._like: tuple[bytes, bytes] | None = None
         self.begun = self.complete = self.done = False
-        self.events = 0
+        self.events = self.text_bytes = 0
         self.usage: Usage | None = None
         self.finish_reason: str | None = None
         self.failure: ProviderError | None = None
@@ -81,10 +82,12 @@ class AnswerReader:
         texts = [piece[len(before) :] for piece in alike]
         if _ODD.search(b"".join(texts)):
             texts = list(takewhile(_STRING.fullmatch, texts))
-        size = sum(map(len, texts)) + len(texts) * (len(before) + len(behind))
+        text_bytes = sum(map(len, texts))
+        size = text_bytes + len(texts) * (len(before) + len(behind))
         if not _is_utf8(block, start, start + size):
             return 0
         self.events += len(texts)
+        self.text_bytes += text_bytes
         return size
 
     def _read(self, event: sse.RawEvent) -> None:
@@ -115,6 +118,8 @@ class AnswerReader:
             self.complete = self._choices <= 0
         elif meaning.commits and meaning.usage is None:
             self._like = self._chat.around_text(event.raw)
+            if self._like is not None:
+                self.text_bytes += len(event.raw) - sum(map(len, self._like))
         if meaning.error is None and (not meaning.usage_only or self._wants_usage):
             self._held.append(self._told(event))
 

@@ -16,7 +16,7 @@ from providers import upstream
 from providers.errors import Interrupted, ProtocolError, ProviderError, Stalled
 from providers.upstream import Reply
 from providers.wire import Chat
-from proxy import scopes
+from proxy import estimates, scopes
 from proxy.attempts import BYTES_PER_TOKEN, Attempt, Call
 from proxy.candidates import Candidate
 from proxy.errors import RateLimited
@@ -40,7 +40,8 @@ class Sink(Protocol):
     keep_alive: say between events that we are still there, where the transport does not say so itself.
     """
 
-    begun: bool
+    @property
+    def begun(self) -> bool: ...
 
     async def begin(self, attempt: Attempt, length: int | None = None) -> None: ...
     async def send(self, data: bytes) -> None: ...
@@ -108,7 +109,10 @@ async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
             body = await upstream.read_bounded(reply, MAX_PLAIN_BYTES)
         finally:
             reply.close()
-    attempt.usage = chat.read_completion(body).usage
+    completion = chat.read_completion(body)
+    attempt.usage, attempt.finish_reason = completion.usage, completion.finish_reason
+    if completion.usage is None:
+        attempt.tokens = estimates.of_answer(body)
     attempt.bytes_out = len(body)
     attempt.settle("success", http_status=reply.status)
     await sink.begin(attempt, len(body))
@@ -133,7 +137,11 @@ async def _stream(gateway: Gateway, attempt: Attempt, sink: Sink, resumption: Re
             finally:
                 reply.close()
     finally:
-        attempt.usage, attempt.events = reader.usage, reader.events
+        attempt.usage, attempt.tokens = (
+            reader.usage,
+            estimates.of_stream(reader.events, reader.text_bytes),
+        )
+        attempt.finish_reason = reader.finish_reason if reader.done else None
     attempt.settle("success", http_status=reply.status)
     if not sink.begun:
         await sink.begin(attempt)

@@ -55,7 +55,7 @@ def forget(*, seconds: float) -> int:
 def _forget_batch(limit: datetime) -> int:
     old = UsageRecord.objects.filter(created_at__lt=limit).order_by("created_at")
     keys = list(old.values_list("pk", flat=True)[:BATCH])
-    return UsageRecord.objects.filter(pk__in=keys).delete()[0]
+    return UsageRecord.objects.filter(pk__in=keys).delete()[1].get(UsageRecord._meta.label, 0)
 
 
 def _tell(limit: datetime, forgotten: int) -> None:

@@ -1,8 +1,8 @@
 """The files of the spool: how a record becomes a line, a line a record, and how a segment is kept under its flock.
 
 A line is `<crc32 of the JSON, 8 hex digits> <JSON>\\n`; a line that does not match its checksum never happened. There are
-two kinds of records: `start`, written before an upstream is dialled, and `final`, written before the terminal bytes are
-forwarded. A final carries the fields of its start, and the starts that are still open when a segment is closed are copied
+three kinds of records: `start`, written before an upstream is dialled, `final`, written before the terminal bytes are
+forwarded, and `text`, written after the final where a key keeps what was said, which is sealed. A final carries the fields of its start, and the starts that are still open when a segment is closed are copied
 to the next one, so each segment stands alone.
 
 What a reader may conclude (`proxy.usage` does): a segment whose flock is free is complete. If `<worker uid>.<n + 1>`
@@ -77,6 +77,17 @@ class Final(TypedDict, total=False):
     trace: Any
 
 
+class SealedTexts(TypedDict):
+    """What was asked and answered in an attempt, each sealed for its row."""
+
+    prompt: str
+    answer: str
+
+
+class Text(SealedTexts):
+    id: str
+
+
 def encode(record: dict[str, Any], *, behind: bytes = b"") -> bytes:
     """One line of the spool. Never fails: what JSON cannot hold is replaced, what is far too long is cut.
 
@@ -121,11 +132,12 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 class Contents(NamedTuple):
-    """A segment as read: finals and starts without a final by id, and how many whole lines were corrupt."""
+    """A segment as read: finals and starts without a final by id, how many whole lines were corrupt, and texts by id."""
 
     finals: dict[str, dict[str, Any]]
     open_starts: dict[str, dict[str, Any]]
     corrupt: int
+    texts: dict[str, dict[str, Any]]
 
 
 def read(lines: Iterable[bytes]) -> Contents:
@@ -135,6 +147,7 @@ def read(lines: Iterable[bytes]) -> Contents:
     """
     finals: dict[str, dict[str, Any]] = {}
     starts: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, Any]] = {}
     corrupt = 0
     for line in lines:
         record = decode(line) if line.endswith(b"\n") else None
@@ -142,9 +155,12 @@ def read(lines: Iterable[bytes]) -> Contents:
             corrupt += line.endswith(b"\n")
         elif record.get("t") == "final":
             finals.setdefault(record["id"], record)
+        elif record.get("t") == "text":
+            texts[record["id"]] = record
         else:
             starts[record["id"]] = record
-    return Contents(finals, {key: start for key, start in starts.items() if key not in finals}, corrupt)
+    open_starts = {key: start for key, start in starts.items() if key not in finals}
+    return Contents(finals, open_starts, corrupt, texts)
 
 
 class Segment:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
 from django.db import connection, transaction
@@ -193,10 +194,25 @@ def _callers() -> Iterator[Caller]:
     rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner", "team")
     good = (row for row in rows.iterator() if row.owner is None or row.owner.is_active)
     quotas = {(row.owner_id, row.team_id): row.quota() for row in OwnerLimits.objects.all()}
-    return _readable(good, lambda row: _caller(row, quotas.get((row.owner_id, row.team_id))))
+    emptied = _caches_emptied()
+    return _readable(good, lambda row: _caller(row, quotas.get((row.owner_id, row.team_id)), emptied))
 
 
-def _caller(row: GatewayKey, owner_quota: Quota | None) -> Caller:
+def _caches_emptied() -> Mapping[str, datetime]:
+    """Scope to when its cache was last emptied, by whichever of its keys, for the scopes where it ever was."""
+    rows = GatewayKey.objects.filter(cache_emptied_at__isnull=False).order_by("cache_emptied_at")
+    return {_scope(row): row.cache_emptied_at for row in rows.iterator() if row.cache_emptied_at}
+
+
+def _scope(row: GatewayKey) -> str:
+    """Who shares cached answers: the keys of a person or a team, else nobody but the key itself."""
+    if row.team_id is not None:
+        return f"team:{row.team_id}"
+    return f"key:{row.key_id}" if row.owner_id is None else f"user:{row.owner_id}"
+
+
+def _caller(row: GatewayKey, owner_quota: Quota | None, emptied: Mapping[str, datetime]) -> Caller:
+    scope = _scope(row)
     return Caller(
         id=row.pk,
         key_id=row.key_id,
@@ -217,6 +233,9 @@ def _caller(row: GatewayKey, owner_quota: Quota | None) -> Caller:
         user_id=row.owner_id,
         team_id=row.team_id,
         owner_quota=owner_quota,
+        record_text=row.record_text,
+        cache_seconds=row.cache_seconds,
+        cache_scope=f"{scope} {emptied.get(scope, '')}",
     )
 
 

@@ -20,9 +20,9 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from proxy.segments import UNFINISHED, Final, Segment, Start, encode
+from proxy.segments import UNFINISHED, Final, Segment, Start, Text, encode
 
-__all__ = ["Final", "Spool", "SpoolUnavailable", "Start", "new_attempt_id"]
+__all__ = ["Final", "Spool", "SpoolUnavailable", "Start", "Text", "new_attempt_id"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,23 @@ class Spool:
             except OSError as error:
                 self._pending[key] = line
                 self._note("final", error)
+
+    def keep(self, record: Text) -> None:
+        """Keep a text beside the final that was written before. Never raises: what the disk refuses is lost, records go first."""
+        line = encode({**record, "t": "text"})
+        with self._lock:
+            segment = self._segment
+            if segment is None or self._refusals or self._pending:
+                return
+            try:
+                segment.reserve(segment.size + len(line) + self._promised)
+                segment.append(line)
+            except OSError as error:
+                self._note("text", error)
+                return
+            segment.finals += 1  # Like a final it is something to say, so that the segment is not held back.
+            if self._echo is not None:
+                self._echo += line
 
     def _has_room(self, key: str, line: bytes) -> bool:
         """Whether a final that is longer than promised (its trace) can have what it needs without taking it from others."""

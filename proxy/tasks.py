@@ -8,12 +8,13 @@ import time
 from celery import shared_task
 
 from providers.tasks import take
-from proxy import prices, retention
+from proxy import prices, retention, texts
 
 logger = logging.getLogger(__name__)
 
 DAY = 24 * 3600
 TICK_SECONDS = 300
+PURGE_BATCH = 1000
 RUN_SECONDS = 40.0
 """Less than the time limit of tasks (CELERY_TASK_SOFT_TIME_LIMIT); the next tick goes on with what is left."""
 
@@ -36,3 +37,11 @@ def forget_usage() -> None:
     forgotten = retention.forget(seconds=RUN_SECONDS)
     if forgotten:
         logger.info("forgot %d usage records older than %s", forgotten, retention.forgotten_before())
+
+
+@shared_task(name="proxy.tasks.purge_texts")
+def purge_texts() -> None:
+    """Forget texts that are older than they are kept, a batch at a time; the next hour does what is left."""
+    until = time.monotonic() + RUN_SECONDS
+    while texts.purge(most=PURGE_BATCH) == PURGE_BATCH and time.monotonic() < until:
+        pass

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -21,7 +21,7 @@ from typing import Any
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connection, transaction
 from django.utils import timezone
 
-from proxy import key_use, segments, usage_hours
+from proxy import key_use, segments, texts, usage_hours
 from proxy.models.usage import SpoolSegment, UsageStatus
 from proxy.usage_rows import Row, insert, usage_row
 
@@ -168,7 +168,7 @@ def _drain_segment(directory: Path, worker: str, number: int) -> DrainReport:
         records = list(contents.finals.values())
         unfinished = list(contents.open_starts.values()) if abandoned else []
         records += [{**start, "status": UsageStatus.INTERRUPTED} for start in unfinished]
-        rejected = _insert(path.name, records)
+        rejected = _insert(path.name, records, contents.texts.values())
         if rejected:
             path.rename(path.with_name(path.name + REJECTED))
         else:
@@ -176,26 +176,27 @@ def _drain_segment(directory: Path, worker: str, number: int) -> DrainReport:
     return DrainReport(1, len(records) - rejected, len(unfinished), contents.corrupt, rejected)
 
 
-def _insert(name: str, records: list[dict[str, Any]]) -> int:
-    """Insert records and the segment's name in one transaction; how many were rejected."""
+def _insert(name: str, records: list[dict[str, Any]], kept: Collection[dict[str, Any]]) -> int:
+    """Insert records, the texts that belong to them and the segment's name in one transaction; how many records were rejected."""
     rows = [row for row in map(usage_row, records) if row is not None]
     unusable = len(records) - len(rows)
-    if not records:
+    if not records and not kept:
         return 0
     try:
         with transaction.atomic():
             SpoolSegment.objects.create(name=name, drained_at=timezone.now(), records=len(rows))
             new = [row for first in range(0, len(rows), BATCH) for row in insert(rows[first : first + BATCH])]
             _count(new)
+            texts.insert(kept)
     except (DataError, IntegrityError, ValueError) as error:
         if SpoolSegment.objects.filter(name=name).exists():
             return 0  # somebody else inserted it between our question and our answer
         logger.error("spool segment %s is inserted row by row: %s", name, type(error).__name__)
-        return unusable + _insert_singly(name, rows)
+        return unusable + _insert_singly(name, rows, kept)
     return unusable
 
 
-def _insert_singly(name: str, rows: list[Row]) -> int:
+def _insert_singly(name: str, rows: list[Row], kept: Collection[dict[str, Any]]) -> int:
     """The slow way for a segment with a row that the database does not take: one bad row must not hold up the others."""
     rejected = 0
     with transaction.atomic():
@@ -207,6 +208,7 @@ def _insert_singly(name: str, rows: list[Row]) -> int:
             except (DataError, IntegrityError, ValueError):
                 rejected += 1
                 logger.exception("usage record %s was rejected", row["id"])
+        texts.insert(kept)
     return rejected
 
 

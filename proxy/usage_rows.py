@@ -61,6 +61,9 @@ def usage_row(record: Mapping[str, Any]) -> Row | None:
     values["cost_nanodollars"], values["price_id"] = _cost(record, wrong)
     values["created_at"] = _moment(record, key, wrong)
     values["trace"] = _trace(record.get("trace"), wrong)
+    if isinstance(values["trace"], dict) and values["trace"].get("cache") == "hit":
+        # Tokens of an answer from the cache are told, and cost nothing.
+        values["cost_nanodollars"], values["price_id"] = 0, None
     return {"id": key, **values}
 
 

@@ -26,6 +26,7 @@ from proxy.models import GatewayKey, GatewayKeyUse
 from proxy.owners import text_of
 
 REACH = ("allowed_models", "allowed_networks")
+KEPT = ("cache_seconds", "record_text")
 
 
 class GatewayKeyForm(VersionedForm):
@@ -44,6 +45,10 @@ class GatewayKeyForm(VersionedForm):
             "expires_at": "Empty: never.",
             **dict.fromkeys(LIMITS, "Empty: no limit."),
             "max_concurrency": "Requests at the same time. Empty: no limit.",
+            "record_text": "The beginning of each request and answer is kept, sealed, for as long as TEXT_RETENTION_DAYS says, and "
+            "administrators can read it on the usage record's page. Tell the people whose words they are.",
+            "cache_seconds": "For how long the same question at temperature 0 gets the same answer without asking a provider, "
+            "among the keys of one owner that have this. Empty: never.",
             "resume_streams": "Whether another provider, or the same once more, goes on with a stream that broke. "
             "Unknown: as the route or the active provider says. A request's header x-penstock-resume beats this.",
         }
@@ -70,18 +75,19 @@ class GatewayKeyAdmin(AuditedAdmin):
         "cost",
         "last_used",
     )
-    list_filter = ("enabled", "owner", "team")
+    list_filter = ("enabled", "record_text", "owner", "team")
     list_select_related = ("owner", "team", "use")
     search_fields = ("name", "=key_id", "owner__username", "team__name")
     search_help_text = "Search by name, id or owner"
     derived = (GatewayKeyUse,)
-    object_views = (("rotate", "rotate_view"), ("revoke", "revoke_view"))
+    object_views = (("rotate", "rotate_view"), ("revoke", "revoke_view"), ("empty-cache", "empty_cache_view"))
     change_form_outer_before_template = "admin/proxy/key_state.html"
     fieldsets = (
         (None, {"fields": ("name", "owner", "team", "enabled", "expires_at")}),
         ("Limits", {"fields": (*LIMITS, "inherited")}),
         ("What it may reach, and from where", {"fields": REACH}),
         ("When a stream breaks", {"fields": ("resume_streams",)}),
+        ("What is kept", {"fields": KEPT}),
     )
 
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
@@ -104,7 +110,7 @@ class GatewayKeyAdmin(AuditedAdmin):
         if obj is None or (may(request.user, "gateway_keys", "change") and obj.revoked_at is None):
             return ("inherited",)
         return (
-            "name", "owner", "team", "enabled", "expires_at", *LIMITS, "inherited", *REACH, "resume_streams",
+            "name", "owner", "team", "enabled", "expires_at", *LIMITS, "inherited", *REACH, *KEPT, "resume_streams",
         )  # fmt: skip
 
     @admin.display(description="Owner")
@@ -166,6 +172,11 @@ class GatewayKeyAdmin(AuditedAdmin):
     def revoke_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
         return self._confirmed(request, object_id, "admin/proxy/revoke.html", "Revoke", self._revoked)
 
+    def empty_cache_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
+        return self._confirmed(
+            request, object_id, "admin/proxy/empty_cache.html", "Empty the cache of", self._emptied
+        )
+
     def _confirmed(
         self,
         request: HttpRequest,
@@ -197,6 +208,11 @@ class GatewayKeyAdmin(AuditedAdmin):
         messages.success(request, f"{key.name} is revoked. Nobody can use it any more.")
         return HttpResponseRedirect(reverse("admin:proxy_gatewaykey_changelist"))
 
+    def _emptied(self, request: HttpRequest, key: Any) -> HttpResponse:
+        keys.empty_cache(key)
+        messages.success(request, f"No answer that was kept for {key.name} until now is given again.")
+        return HttpResponseRedirect(reverse("admin:proxy_gatewaykey_change", args=[key.pk]))
+
     def _issued_page(
         self, request: HttpRequest, key: Any, whole: str, *, rotated: bool = False
     ) -> HttpResponse:
@@ -224,6 +240,8 @@ def state_badge(key: GatewayKey) -> SafeString:
         return badge("off", "plain")
     if key.owner is not None and not key.owner.is_active:
         return badge("its owner is disabled", "warn")
+    if key.record_text:
+        return badge("active, keeps what is said", "warn")
     return badge("active", "good")
 
 

@@ -39,13 +39,14 @@ class Tried:
 class Way:
     """candidates: (`slug/model`, why it was taken or not). more: how many of them are not shown.
 
-    attempts: those up to this record's own. unsound: columns whose values were not usable.
+    attempts: those up to this record's own. unsound: columns whose values were not usable. cache: `hit` or `miss`, where answers are kept.
     """
 
     candidates: tuple[tuple[str, str], ...] = ()
     more: int = 0
     attempts: tuple[Tried, ...] = ()
     unsound: tuple[str, ...] = ()
+    cache: str = ""
 
     @property
     def times(self) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ def way_of(trace: object) -> Way:
         more=max(0, len(lines) - MOST),
         attempts=tuple(_tried(each) for each in attempts[:MOST]),
         unsound=tuple(_text(name) for name in _listed(told.get("usage_invalid"))[:MOST]),
+        cache=_text(told.get("cache", "")),
     )
 
 

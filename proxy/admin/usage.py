@@ -5,20 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
+from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet
-from django.http import HttpRequest
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase, HttpResponseRedirect
+from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils.html import format_html
 from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 
-from audit.admin import ReadOnlyAdmin
+from audit.admin import ReadOnlyAdmin, write
 from audit.api import Counted
+from audit.changes import record as note
+from audit.roles import may
+from providers import keyring
 from providers.admin.badges import badge
+from providers.errors import CredentialUnavailable
+from proxy import texts
 from proxy.admin.report import report_view
 from proxy.admin.trace import way_of
 from proxy.admin.usage_filters import Days, GatewayKeyFilter, ModelFilter, OwnerFilter, ProviderFilter
-from proxy.models import UsageRecord
+from proxy.models import TextRecord, UsageRecord
 
 COLOURS = {"success": "good", "error": "bad", "client_disconnected": "plain"}
 
@@ -69,6 +76,7 @@ class UsageRecordAdmin(ReadOnlyAdmin):
     )
     paginator = Counted
     change_form_outer_before_template = "admin/proxy/way.html"
+    object_views = (("text", "text_view"),)
     fieldsets = (
         (
             "Request",
@@ -125,8 +133,32 @@ class UsageRecordAdmin(ReadOnlyAdmin):
         record = kwargs.get("obj")
         if record is not None:
             others = f"{reverse('admin:proxy_usagerecord_changelist')}?{urlencode({'q': record.request_id})}"
-            context = {**context, "way": way_of(record.trace), "way_others": others}
+            readable = may(request.user, "texts", "read") and TextRecord.objects.filter(pk=record.pk).exists()
+            context = {**context, "way": way_of(record.trace), "way_others": others, "way_text": readable}
         return super().render_change_form(request, context, *args, **kwargs)
+
+    def text_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
+        """What was said, to administrators, who ask for it by POST; the audit log says so before they see it."""
+        if not may(request.user, "texts", "read"):
+            raise PermissionDenied
+        if request.method != "POST":
+            return HttpResponseRedirect(reverse("admin:proxy_usagerecord_change", args=[object_id]))
+        record = self.get_object(request, object_id)
+        row = None if record is None else TextRecord.objects.filter(pk=record.pk).first()
+        if row is None:
+            raise Http404
+        return write(request, lambda: self._text_page(request, row))
+
+    def _text_page(self, request: HttpRequest, row: TextRecord) -> HttpResponse:
+        note(row, verb="read", before={}, after={"read": True})
+        shown: dict[str, Any] = {"title": "What was said", "record": row.usage, "most": texts.MAX_TEXT_BYTES}
+        try:
+            keyring.load_if_changed()
+            shown["said"] = texts.read(row)
+        except (CredentialUnavailable, keyring.WrongEncryptionKey) as error:
+            shown["problem"] = getattr(error, "detail", "") or str(error)
+        base = {**self.admin_site.each_context(request), "opts": self.opts}
+        return TemplateResponse(request, "admin/proxy/text.html", {**base, **shown})
 
     @admin.display(description="Status", ordering="status")
     def ended(self, record: UsageRecord) -> SafeString:

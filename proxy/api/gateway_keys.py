@@ -42,10 +42,10 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         model = GatewayKey
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
-            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", *USE,
-            "created_by", "created_at", "updated_at",
+            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "record_text", "cache_seconds",
+            "cache_emptied_at", "expires_at", "revoked_at", *USE, "created_by", "created_at", "updated_at",
         )  # fmt: skip
-        read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "created_by")
+        read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "cache_emptied_at", "created_by")
         validators: ClassVar[list[Any]] = []
         extra_kwargs: ClassVar[Any] = {
             "max_concurrency": {
@@ -97,7 +97,8 @@ class GatewayKeys(Rows):
     """The keys that applications call with. A member sees his own and those of his teams."""
 
     resource = "gateway_keys"
-    words: ClassVar = {"revoke": "revoke", "rotate": "rotate"}
+    # Whoever may give a key a new secret may empty its cache.
+    words: ClassVar = {"revoke": "revoke", "rotate": "rotate", "empty_cache": "rotate"}
     serializer_class = GatewayKeySerializer
     queryset = GatewayKey.objects.select_related("owner", "team", "use")
     filterset_fields = ("enabled", "owner__username", "team__name")
@@ -130,6 +131,16 @@ class GatewayKeys(Rows):
             self.check_version(key)
             if key.revoked_at is None:
                 keys.revoke(key)
+        return self.shown(key)
+
+    @extend_schema(request=None, responses=GatewayKeySerializer)
+    @action(detail=True, methods=["post"], url_path="empty-cache")
+    def empty_cache(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """Have no answer that was kept until now given again, to this key or another one of its owner."""
+        with self.changing():
+            key = self.get_object()
+            self.check_version(key)
+            keys.empty_cache(key)
         return self.shown(key)
 
     @extend_schema(request=RotationSerializer, responses=IssuedSerializer)

@@ -154,6 +154,8 @@ class HttpSink:
             (b"x-penstock-config", b"%d" % call.config_version),
             *call.held.headers,
         ]
+        if call.cache:
+            headers.append((b"x-penstock-cache", call.cache.encode()))
         if length is not None:
             headers.append((b"content-length", b"%d" % length))
         await self._start(200, headers)

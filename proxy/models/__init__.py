@@ -2,6 +2,7 @@ from proxy.models.keys import GatewayKey, GatewayKeyUse
 from proxy.models.owners import OwnerLimits
 from proxy.models.prices import ModelPrice, PriceList
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
+from proxy.models.texts import TextRecord
 from proxy.models.usage import SpoolSegment, UsageHour, UsageRecord
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RouteNode",
     "SpoolSegment",
     "Strategy",
+    "TextRecord",
     "UsageHour",
     "UsageRecord",
 ]

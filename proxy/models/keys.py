@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from django.conf import settings
 from django.contrib.auth.models import Group
 from django.core.exceptions import ValidationError
+from django.core.validators import MaxValueValidator, MinValueValidator
 from django.db import models
 from django.utils import timezone
 
@@ -16,6 +17,8 @@ from providers.fields import SealedField
 from providers.models.limited import Limited
 from providers.models.provider import Versioned
 from proxy.owners import Owned, not_a_role, owned_by
+
+MAX_CACHE_SECONDS = 7 * 24 * 3600
 
 
 def check_models(names: Any) -> None:
@@ -41,6 +44,8 @@ class GatewayKey(Owned, Limited, Versioned):
     owner, team: whose it is, a user's or a team's or nobody's; it is deleted with them.
     previous_*: the secret before the last rotation, good until `previous_until`.
     resume_streams: whether a stream that broke is gone on with; None is as the route or the active provider says.
+    record_text: whether what is said is kept, sealed. cache_seconds: for how long answers are; None is not at all.
+    cache_emptied_at: answers of its owner from before this are not given any more.
     """
 
     key_id = models.CharField(max_length=10, unique=True, editable=False)
@@ -77,6 +82,20 @@ class GatewayKey(Owned, Limited, Versioned):
         blank=True,
         help_text="Whether a stream that broke is gone on with. Null: as the route or the active provider says.",
     )
+
+    record_text = models.BooleanField(
+        "keep what is said",
+        default=False,
+        help_text="Keep the beginning of each request and answer, sealed, for administrators to read.",
+    )
+    cache_seconds = models.PositiveIntegerField(
+        "keep answers for (seconds)",
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1), MaxValueValidator(MAX_CACHE_SECONDS)],
+        help_text="For how long the same question at temperature 0 gets the same answer, without asking a provider. Null: never.",
+    )
+    cache_emptied_at = models.DateTimeField(null=True, editable=False)
 
     class Meta:
         ordering: ClassVar = ["name", "id"]
