@@ -142,7 +142,7 @@ class LongPages(Pages):
     The view's `about_as_many()` is asked for an estimate then.
     """
 
-    def django_paginator_class(self, rows: Any, page_size: int) -> Paged:
+    def django_paginator_class(self, rows: Any, page_size: int) -> Paged:  # type: ignore[override]  # whatever makes one
         paginator = Counted(rows, page_size)
         paginator.about = self.about_as_many
         return paginator
@@ -155,7 +155,7 @@ class LongPages(Pages):
 
     def get_paginated_response(self, data: Any) -> Response:
         response = super().get_paginated_response(data)
-        if getattr(self.page.paginator, "estimated", False):
+        if self.page is not None and getattr(self.page.paginator, "estimated", False):
             response.data = {"count": response.data["count"], "count_estimated": True, **response.data}
         return response
 

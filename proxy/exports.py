@@ -70,5 +70,6 @@ def _csv(rows: Iterable[Row]) -> str:
 
 async def _aside(texts: Iterator[str]) -> AsyncIterator[str]:
     """The same from another thread, where the database may be waited for."""
-    while (text := await sync_to_async(next)(texts, None)) is not None:
+    another = sync_to_async(lambda: next(texts, None))
+    while (text := await another()) is not None:
         yield text

@@ -146,7 +146,9 @@ class LineSerializer(serializers.Serializer[Any]):
     status = serializers.CharField(required=False)
     requests = serializers.IntegerField(help_text="Requests, each counted once however often it was tried.")
     attempts = serializers.IntegerField()
-    errors = serializers.IntegerField(help_text="Attempts that failed; a caller who left is none.")
+    errors = serializers.IntegerField(  # type: ignore[assignment]  # the name of a column, which is also one of DRF's
+        help_text="Attempts that failed; a caller who left is none."
+    )
     prompt_tokens = serializers.IntegerField()
     completion_tokens = serializers.IntegerField()
     total_tokens = serializers.IntegerField()
@@ -182,7 +184,7 @@ class Usage(Door):
     serializer_class = UsageSerializer
     queryset = UsageRecord.objects.all()
     pagination_class = LongPages
-    filter_backends: ClassVar[list[Any]] = []
+    filter_backends = ()
     lookup_value_regex = r"[0-9a-fA-F]{8}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{4}-?[0-9a-fA-F]{12}"
 
     def get_queryset(self) -> QuerySet[UsageRecord]:
@@ -273,7 +275,7 @@ CELLS = tuple(name for name in UsageSerializer.Meta.fields if name != "trace")
 
 
 def _cells(records: Iterable[UsageRecord]) -> list[list[object]]:
-    shown: Any = UsageSerializer(records, many=True).data
+    shown: Any = UsageSerializer(list(records), many=True).data
     return [[row[name] for name in CELLS] for row in shown]
 
 

@@ -222,7 +222,8 @@ def test_the_count_is_exact_as_far_as_one_counts_and_then_an_estimate(
     assert (first["count"], first["count_estimated"]) == (6, True)
     last = as_(viewer).get(first["next"]).json()["next"]
     assert len(as_(viewer).get(last).json()["results"]) == 2
-    some = as_(viewer).get(PATH, {"page_size": 2, "status": "success", "since": AT.isoformat()}).json()
+    asked: dict[str, str | float] = {"page_size": 2, "status": "success", "since": AT.isoformat()}
+    some = as_(viewer).get(PATH, asked).json()
     assert (some["count"], some["count_estimated"]) == (5, True)
     few = as_(viewer).get(PATH, {"until": AT.isoformat()}).json()
     assert (few["count"], "count_estimated" in few) == (0, False)

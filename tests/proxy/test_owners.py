@@ -44,7 +44,8 @@ def mia(person: Callable[..., User], team: Group) -> User:
 
 def key_of(holder: Any, name: str = "app", **fields: Any) -> GatewayKey:
     with changes(actor=None, via="system"):
-        key = GatewayKey(name=name, holder=holder, **fields)
+        key = GatewayKey(name=name, **fields)
+        key.holder = holder
         keys.give_secret(key)
         key.full_clean()
         key.save()
@@ -53,7 +54,10 @@ def key_of(holder: Any, name: str = "app", **fields: Any) -> GatewayKey:
 
 def limit(holder: Any, **limits: int) -> OwnerLimits:
     with changes(actor=None, via="system"):
-        return OwnerLimits.objects.create(holder=holder, **limits)
+        row = OwnerLimits(**limits)
+        row.holder = holder
+        row.save()
+    return row
 
 
 # -- whose it is -------------------------------------------------------------------------------------------------------

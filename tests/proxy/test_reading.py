@@ -103,7 +103,7 @@ def test_every_choice_has_to_finish() -> None:
 def test_choices_may_finish_in_one_event() -> None:
     one = reader(choices=2)
     one.feed(WORDS[0])
-    both = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in (0, 1)]
+    both: list[dict[str, Any]] = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in (0, 1)]
     one.feed(b"data: " + json.dumps({"id": "c1", "choices": both}).encode() + b"\n\n")
     assert one.complete
 

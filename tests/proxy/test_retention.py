@@ -101,8 +101,8 @@ def test_a_run_ends_when_its_time_is_over_and_the_next_one_goes_on(monkeypatch: 
     four_records()
     with time_machine.travel(NOW, tick=False):
         clock = iter(range(100))
-        monkeypatch.setattr(retention.time, "monotonic", lambda: next(clock))
-        monkeypatch.setattr(retention.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr("proxy.retention.time.monotonic", lambda: next(clock))
+        monkeypatch.setattr("proxy.retention.time.sleep", lambda seconds: None)
         assert retention.forget(seconds=3) == 1
     assert kept() == ["b", "c", "d"]
     assert told() == [{"records": [1, 0]}]

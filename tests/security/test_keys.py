@@ -169,7 +169,7 @@ def test_r13_two_keys_that_share_forty_characters_have_each_their_own_limits(
 def test_r13_a_key_in_other_letters_or_with_anything_around_it_is_refused() -> None:
     key = fresh()
     callers = {caller_of(key).key_id: caller_of(key)}
-    assert auth.authenticate(key, callers, PEPPERS)
+    assert auth.authenticate(key, callers, PEPPERS).key_id in callers
     wrong = {
         key.upper(),
         key.lower(),
@@ -188,9 +188,8 @@ def test_r13_nor_does_a_request_get_in_with_one(house: House, header: str) -> No
     scheme = "Bearer " if header == "authorization" else ""
 
     def status(text: str) -> int:
-        return httpx.get(
-            f"{house.url}/v1/models", headers={header: f"{scheme}{text}".encode("latin-1")}
-        ).status_code
+        headers = {header.encode(): f"{scheme}{text}".encode("latin-1")}
+        return httpx.get(f"{house.url}/v1/models", headers=headers).status_code
 
     assert status(house.key) == 200
     for text in (house.key.swapcase(), f"_{house.key}", f"{house.key},{house.key}", f'"{house.key}"'):

@@ -24,11 +24,8 @@ class Command(BaseCommand):
         )
 
     def handle(self, *args: Any, name: str, owner: str | None, **options: Any) -> None:
-        key = GatewayKey(
-            name=name,
-            holder=_owner(owner) if owner else None,
-            max_concurrency=options["max_concurrency"],
-        )
+        key = GatewayKey(name=name, max_concurrency=options["max_concurrency"])
+        key.holder = _owner(owner) if owner else None
         whole = keys.give_secret(key)
         try:
             with changes(actor=None, via="command"):
