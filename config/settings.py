@@ -442,6 +442,7 @@ AUDIT_WATCH = [
     "proxy.GatewayKey",
     "proxy.ModelRoute",
     "proxy.RouteNode",
+    "proxy.Budget",
 ]
 AUDIT_ANCHOR_FILE = DATA_DIR / "audit-head.log"
 

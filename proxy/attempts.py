@@ -12,6 +12,7 @@ from providers.client import Dial
 from providers.errors import Interrupted, ProviderError, Stalled
 from providers.wire import Usage
 from proxy import metrics
+from proxy.budgets import NOTHING, Hold
 from proxy.candidates import Candidate
 from proxy.dialects.openai import ChatRequest
 from proxy.errors import UsageLogUnavailable
@@ -26,7 +27,7 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request of a caller, ready to be sent. `held` is what it takes of its key's limits.
+    """One request of a caller, ready to be sent. `held` is what it takes of its key's limits, `hold` of its budgets.
 
     resume: whether a stream that breaks is gone on with. journal: its attempts so far, as each record tells them.
     """
@@ -39,6 +40,7 @@ class Call:
     plan: Plan
     config_version: int
     resume: bool = False
+    hold: Hold = NOTHING
     journal: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -62,9 +64,12 @@ class Attempt:
 
     def __enter__(self) -> Self:
         call, candidate = self.call, self.candidate
+        accounts = call.hold.accounts(candidate.upstream.id)
+        charged: Any = {"budgets": accounts} if accounts else {}
         try:
             self.spool.start(
                 {
+                    **charged,
                     "id": self.id,
                     "request_id": call.running.request_id,
                     "attempt": self.number,
@@ -137,6 +142,8 @@ class Attempt:
             "client_disconnected": client_disconnected,
             "trace": self._trace(error_code or status, total),
         }
+        if granted := self.call.hold.settle(self.candidate.upstream.id, record.get("cost_nanodollars") or 0):
+            record["grants"] = granted
         self.spool.finish(record)
         if self.accepted:
             self.call.held.correct(usage.prompt + usage.completion)

@@ -26,7 +26,7 @@ _ABSENT_DIGEST = keys.digest("0" * 32, _ABSENT_PEPPER)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A gateway key as requests need it. Expiries are epoch seconds."""
+    """A gateway key as requests need it. Expiries are epoch seconds. budgets: ids of those that its requests are held against."""
 
     id: int
     key_id: str
@@ -42,6 +42,7 @@ class Caller:
     tokens_per_minute: int | None = None
     max_concurrency: int | None = None
     resume: bool | None = None
+    budgets: tuple[int, ...] = ()
     allowed_models: tuple[str, ...] = ()
     allowed_networks: tuple[Network, ...] = ()
 

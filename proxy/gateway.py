@@ -17,6 +17,7 @@ from proxy.auth import Caller
 from proxy.breaker import Breakers
 from proxy.candidates import Conditions
 from proxy.cooldown import Cooldowns
+from proxy.grants import Grants
 from proxy.grapevine import Grapevine, Hearsay
 from proxy.inflight import REGISTRY, Registry
 from proxy.journey import RetryBudget
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """watcher: configuration and weather. sessions: connections to providers. spool: the usage log on disk.
 
-    breakers, cooldowns, retries, routes, limits, registry: as their modules say.
+    breakers, cooldowns, retries, routes, limits, grants, registry: as their modules say.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Gateway:
     def _make(self) -> None:
         """What belongs to one process: a worker is forked after this module was imported, and makes its own."""
         self.spool = Spool(self._spool_dir)
+        self.grants = Grants(self.spool.worker)
         self.limits = Limits(self._redis_url, workers=self._workers)
         self.breakers = Breakers()
         self.cooldowns = Cooldowns()
@@ -98,6 +100,7 @@ class Gateway:
         await asyncio.to_thread(self.watcher.stop)
         self.watcher.swap, self.watcher.opened = lambda: None, dict
         self.grapevine.close()
+        await self.grants.close()
         await asyncio.to_thread(self.spool.close)
 
     async def _sweep(self) -> None:
@@ -107,6 +110,7 @@ class Gateway:
             try:
                 self.registry.sweep(self._is_good)
                 self.overload.measure()
+                self.grants.sweep()
                 await self.limits.sweep()
                 metrics.weather(self)
             except Exception:

@@ -53,7 +53,10 @@ async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
         ) as held:
             body = await request.body()
             async with request.left(running):
-                await relay.run(gateway, prepare(gateway, request, running, held, body), sink)
+                snapshot = gateway.watcher.snapshot
+                call = prepare(gateway, snapshot, request, running, held, body)
+                with await hold(gateway, snapshot, call) if snapshot.budgets else NOTHING:
+                    await relay.run(gateway, call, sink)
     except asyncio.CancelledError:
         if running.ending is None:
             raise

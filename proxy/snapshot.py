@@ -25,11 +25,15 @@ from providers.keyring import WrongEncryptionKey
 from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
 from providers.wire import Credential, Endpoint, Kind, Purpose, origin_of
 from proxy.auth import Caller
-from proxy.models import GatewayKey, ModelRoute, RouteNode
+from proxy.models import Budget, GatewayKey, ModelRoute, RouteNode
 from proxy.needs import UNKNOWN, ModelFacts
+from proxy.purses import Allowance
 from proxy.strategies import Node, Route
 
 logger = logging.getLogger(__name__)
+
+OF = {"gateway_key": "this key", "user": "this key's owner", "team": "this key's team", "provider": "the provider"}
+"""Whose a budget is, in the words of an error."""
 
 Row = TypeVar("Row", bound=Model)
 Made = TypeVar("Made")
@@ -37,7 +41,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """An enabled provider: how to talk to it, and with which keys (default first)."""
+    """An enabled provider: how to talk to it, and with which keys (default first). budget: the id of its own, if it has one."""
 
     endpoint: Endpoint
     kind: Kind
@@ -45,6 +49,7 @@ class Upstream:
     purposes: frozenset[str]
     credentials: tuple[Credential, ...]
     models: tuple[str, ...]
+    budget: int | None = None
 
     @property
     def id(self) -> int:
@@ -77,6 +82,7 @@ class Snapshot:
     facts: Mapping[tuple[int, str], ModelFacts] = field(default_factory=dict)
     active: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     routes: Mapping[str, Route] = field(default_factory=dict)
+    budgets: Mapping[int, Allowance] = field(default_factory=dict)
 
     def caller_is_good(self, caller: Caller, now: float) -> bool:
         """Whether a key that was good when its request began still is; a rotated one is."""
@@ -96,10 +102,11 @@ def build() -> Snapshot:
     with _one_consistent_read():
         version = Head.objects.values_list("seq", flat=True).get(pk=1)
         _refresh_keyring()
-        callers = {caller.key_id: caller for caller in _callers()}
+        budgets = list(Budget.objects.all())
+        callers = {caller.key_id: caller for caller in _callers(_by_subject(budgets))}
         credentials = _credentials()
         models = _models()
-        upstreams = {each.id: each for each in _upstreams(credentials, models)}
+        upstreams = {each.id: each for each in _upstreams(credentials, models, _by_subject(budgets))}
         active = _active()
         routes = {route.name: route for route in _routes()}
     return Snapshot(
@@ -116,6 +123,7 @@ def build() -> Snapshot:
         },
         active=active,
         routes=routes,
+        budgets={row.pk: Allowance(row.pk, OF[row.subject_kind], row.window, row.hard) for row in budgets},
     )
 
 
@@ -157,12 +165,29 @@ def _readable(rows: Iterable[Row], make: Callable[[Row], Made]) -> Iterator[Made
             logger.warning("left out %s %s: %s", row._meta.label, row.pk, type(error).__name__)
 
 
-def _callers() -> Iterator[Caller]:
+def _by_subject(rows: Iterable[Budget]) -> Mapping[tuple[str, int], int]:
+    """(column of Budget, id of the key, user, team or provider) to the id of its budget."""
+    return {(row.subject_kind, getattr(row, f"{row.subject_kind}_id")): row.pk for row in rows}
+
+
+def _callers(budgets: Mapping[tuple[str, int], int]) -> Iterator[Caller]:
     rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner")
-    return _readable((row for row in rows.iterator() if row.owner is None or row.owner.is_active), _caller)
+    return _readable(
+        (row for row in rows.iterator() if row.owner is None or row.owner.is_active),
+        lambda row: _caller(row, _budgets_of(row, budgets)),
+    )
 
 
-def _caller(row: GatewayKey) -> Caller:
+def _budgets_of(row: GatewayKey, budgets: Mapping[tuple[str, int], int]) -> tuple[int, ...]:
+    """The budgets that all requests of a key are held against: its own, its owner's, its team's."""
+    if not budgets:
+        return ()
+    # Teams as owners of keys are a column of their own.
+    subjects = (("gateway_key", row.pk), ("user", row.owner_id), ("team", getattr(row, "team_id", None)))
+    return tuple(budgets[each] for each in subjects if each in budgets)
+
+
+def _caller(row: GatewayKey, budgets: tuple[int, ...] = ()) -> Caller:
     return Caller(
         id=row.pk,
         key_id=row.key_id,
@@ -178,6 +203,7 @@ def _caller(row: GatewayKey) -> Caller:
         tokens_per_minute=row.tokens_per_minute,
         max_concurrency=row.max_concurrency,
         resume=row.resume_streams,
+        budgets=budgets,
         allowed_models=tuple(_texts(row.allowed_models)),
         allowed_networks=tuple(ipaddress.ip_network(each) for each in _texts(row.allowed_networks)),
     )
@@ -218,7 +244,9 @@ def _words(value: object) -> frozenset[str]:
 
 
 def _upstreams(
-    credentials: Mapping[int, list[Credential]], models: Mapping[int, list[tuple[str, ModelFacts]]]
+    credentials: Mapping[int, list[Credential]],
+    models: Mapping[int, list[tuple[str, ModelFacts]]],
+    budgets: Mapping[tuple[str, int], int],
 ) -> Iterator[Upstream]:
     def make(provider: Provider) -> Upstream:
         endpoint = provider.endpoint()
@@ -230,6 +258,7 @@ def _upstreams(
             purposes=frozenset(_purposes(provider)),
             credentials=tuple(credentials.get(provider.pk, ())),
             models=tuple(name for name, _ in models.get(provider.pk, ())),
+            budget=budgets.get(("provider", provider.pk)),
         )
 
     return _readable(Provider.objects.filter(enabled=True).iterator(), make)

@@ -1,8 +1,12 @@
+from proxy.models.budgets import Budget, BudgetAccount, BudgetGrant, Window
 from proxy.models.keys import GatewayKey, GatewayKeyUse
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
 from proxy.models.usage import SpoolSegment, UsageRecord
 
 __all__ = [
+    "Budget",
+    "BudgetAccount",
+    "BudgetGrant",
     "GatewayKey",
     "GatewayKeyUse",
     "Mode",
@@ -11,4 +15,5 @@ __all__ = [
     "SpoolSegment",
     "Strategy",
     "UsageRecord",
+    "Window",
 ]
