@@ -43,6 +43,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
             Role.OPERATOR: frozenset({"read", "add", "revoke", "rotate"}),
             Role.MEMBER: frozenset({"read", "revoke", "rotate"}),
         },
+        "budgets": {Role.VIEWER: _READ, Role.OPERATOR: _READ, Role.MEMBER: _READ},
         "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "audit": {Role.OPERATOR: _READ},
         "key_stores": {},
@@ -66,6 +67,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "routes": ("proxy.modelroute", "proxy.routenode"),
         "api_keys": ("providers.apikey", "providers.keyuse"),
         "gateway_keys": ("proxy.gatewaykey", "proxy.gatewaykeyuse"),
+        "budgets": ("proxy.budget", "proxy.budgetaccount"),
         "usage": ("proxy.usagerecord",),
         "audit": ("audit.entry",),
     }
@@ -82,6 +84,8 @@ WRITTEN_BY_NOBODY: Final = frozenset(
         "providers.keyuse",
         "providers.jobrun",
         "proxy.gatewaykeyuse",
+        "proxy.budgetaccount",
+        "proxy.budgetgrant",
         "proxy.usagerecord",
         "proxy.spoolsegment",
     }

@@ -261,6 +261,11 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 3600.0,
         "options": {"expires": 1800},
     },
+    "refresh-prices": {
+        "task": "proxy.tasks.refresh_prices",
+        "schedule": 3600.0,
+        "options": {"expires": 1800},
+    },
     "anchor-head": {"task": "audit.tasks.anchor_head", "schedule": 60.0, "options": {"expires": 50}},
 }
 
@@ -443,6 +448,7 @@ AUDIT_WATCH = [
     "proxy.ModelRoute",
     "proxy.RouteNode",
     "proxy.Budget",
+    "proxy.ModelPrice",
 ]
 AUDIT_ANCHOR_FILE = DATA_DIR / "audit-head.log"
 

@@ -124,6 +124,7 @@ class Attempt:
         """Write the final record. Never raises and never waits: the spool keeps what the disk refuses."""
         self.settled = True
         usage, source = self.counted()
+        cost = self.cost(usage)
         total = self.elapsed_ms()
         record: Final = {
             "id": self.id,
@@ -136,18 +137,20 @@ class Attempt:
             "cache_write_tokens": usage.cache_write,
             "reasoning_tokens": usage.reasoning,
             "tokens_source": source,
+            "cost_nanodollars": cost,
+            "price_id": self.candidate.price.id if self.candidate.price else None,
             "ttft_ms": self.ttft_ms,
             "duration_ms": total,
             "bytes_out": self.bytes_out,
             "client_disconnected": client_disconnected,
             "trace": self._trace(error_code or status, total),
         }
-        if granted := self.call.hold.settle(self.candidate.upstream.id, record.get("cost_nanodollars") or 0):
+        if granted := self.call.hold.settle(self.candidate.upstream.id, cost or 0):
             record["grants"] = granted
         self.spool.finish(record)
         if self.accepted:
             self.call.held.correct(usage.prompt + usage.completion)
-        metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage)
+        metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage, cost)
 
     def _trace(self, outcome: str, total: int) -> dict[str, Any]:
         """Why it went there: the candidates as they stood, and each attempt so far with its times in ms.
@@ -166,7 +169,10 @@ class Attempt:
                 "total": total,
             }
         )
-        return {"candidates": call.plan.trace, "attempts": call.journal}
+        trace: dict[str, Any] = {"candidates": call.plan.trace, "attempts": call.journal}
+        if accounts := call.hold.accounts(self.candidate.upstream.id):
+            trace["budgets"] = [account.budget_id for account in accounts]
+        return trace
 
     def counted(self) -> tuple[Usage, str]:
         """What the provider said; else an estimate, if it took the request at all (F14)."""
@@ -175,6 +181,14 @@ class Attempt:
         if not self.accepted:
             return Usage(), "none"
         return Usage(prompt=self.call.body_bytes // BYTES_PER_TOKEN, completion=self.events), "estimated"
+
+    def cost(self, usage: Usage) -> int | None:
+        """Nano-dollars by the price that was known when the request was planned; None where none was. What the provider did
+        not take costs nothing, not even what it asks for each request."""
+        price = self.candidate.price
+        if price is None:
+            return None
+        return price.cost(usage) if self.accepted or self.usage is not None else 0
 
 
 def _status_of(error: ProviderError) -> str:

@@ -103,9 +103,7 @@ def give_back(worker: str, key: AccountKey, kept: int) -> int:
 
 def _find(key: AccountKey, *, locked: bool = False) -> BudgetAccount | None:
     rows = BudgetAccount.objects.select_for_update() if locked else BudgetAccount.objects
-    return rows.filter(
-        budget=key.budget_id, window=key.window, window_start=start_of(key.start)
-    ).first()
+    return rows.filter(budget=key.budget_id, window=key.window, window_start=start_of(key.start)).first()
 
 
 def _account(key: AccountKey) -> BudgetAccount:

@@ -8,7 +8,7 @@ this worker was granted (`proxy.grants`) when it is settled, and its record tell
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -35,13 +35,15 @@ class Charge(NamedTuple):
 class Hold:
     """What one request holds, of its own budgets and of those of the providers that it may be sent to.
 
-    A context manager: leaving it releases everything. candidates: those that the budgets leave.
+    A context manager: leaving it releases everything. candidates: those that the budgets allow; left_out: a line for each of
+    the others.
     """
 
-    __slots__ = ("_own", "_providers", "_reserved", "candidates")
+    __slots__ = ("_own", "_providers", "_reserved", "candidates", "left_out")
 
-    def __init__(self) -> None:
-        self.candidates: tuple[Candidate, ...] = ()
+    def __init__(self, candidates: tuple[Candidate, ...] = ()) -> None:
+        self.candidates = candidates
+        self.left_out: list[str] = []
         self._own: list[Charge] = []
         self._providers: dict[int, Charge] = {}
         self._reserved: dict[int, tuple[Purse, int]] = {}
@@ -107,7 +109,7 @@ async def hold(
     grants: Grants,
     snapshot: Snapshot,
     budgets: Sequence[int],
-    candidates: Sequence[Candidate],
+    candidates: tuple[Candidate, ...],
     asked: Asked,
 ) -> Hold:
     """Hold a request against the caller's `budgets` (ids) and those of the candidates' providers.
@@ -115,8 +117,10 @@ async def hold(
     A candidate whose provider's budget is used up, or whose price is unknown where a hard budget applies, is left out.
     Raises PriceUnknown, BudgetExceeded or BudgetUnavailable when none is left, or a budget of the caller does not do.
     """
+    held = Hold(candidates)
+    if not budgets and all(each.upstream.budget is None for each in candidates):
+        return held
     own = [snapshot.budgets[each] for each in budgets if each in snapshot.budgets]
-    held = Hold()
     try:
         priced = await _affordable(held, grants, snapshot, own, candidates, asked)
         dearest = max(cost for _, cost in priced)
@@ -144,14 +148,16 @@ async def _affordable(
     for candidate in candidates:
         provider = candidate.upstream
         allowance = snapshot.budgets.get(provider.budget) if provider.budget is not None else None
-        cost = most(snapshot, candidate, asked)
+        cost = most(candidate, asked)
         if cost is None and (strict or (allowance is not None and allowance.hard)):
+            held.left_out.append(f"{candidate.full_name}: its price is unknown, and there is a budget")
             refusal = refusal or PriceUnknown(_unpriced(candidate), param="model")
             continue
         if allowance is not None:
             try:
                 await held.provider(grants, allowance, provider.id, cost or 0)
             except (BudgetExceeded, BudgetUnavailable) as error:
+                held.left_out.append(f"{candidate.full_name}: {error.code}, of the provider")
                 refusal = error
                 continue
         priced.append((candidate, cost or 0))
@@ -160,14 +166,13 @@ async def _affordable(
     return priced
 
 
-def most(snapshot: Snapshot, candidate: Candidate, asked: Asked) -> int | None:
+def most(candidate: Candidate, asked: Asked) -> int | None:
     """What a request may cost at a candidate, in nano-dollars; None where its price is unknown."""
-    price = snapshot.price(candidate.upstream.id, candidate.model)
-    if price is None:
+    if candidate.price is None:
         return None
     window = candidate.window or MOST_TOKENS
     completion = min(asked.completion_tokens or COMPLETION_TOKENS, window) * asked.choices
-    return price.dearest(asked.body_bytes // BYTES_PER_TOKEN + 1, completion)
+    return candidate.price.dearest(asked.body_bytes // BYTES_PER_TOKEN + 1, completion)
 
 
 def _unpriced(candidate: Candidate) -> str:

@@ -92,7 +92,11 @@ class Grants:
         """The account of the window that lies around now."""
         now = self._clock()
         found = self._present.get(allowance.id)
-        if found is not None and found.allowance == allowance and found.purse.key.start <= now < found.purse.ends:
+        if (
+            found is not None
+            and found.allowance == allowance
+            and found.purse.key.start <= now < found.purse.ends
+        ):
             return found
         start, ends = window_at(allowance.window, now)
         key = AccountKey(allowance.id, allowance.window, start)
@@ -180,7 +184,9 @@ class Grants:
 
     def _silence(self, account: Account, error: Exception) -> None:
         if not account.silent:
-            logger.warning("budget %d is served from what was granted: %s", account.purse.key.budget_id, error)
+            logger.warning(
+                "budget %d is served from what was granted: %s", account.purse.key.budget_id, error
+            )
         account.silent = account.unsure = True
         account.short, account.rests_until = 0, time.monotonic() + REST_SECONDS
 
@@ -203,7 +209,11 @@ def _connected(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
 
 
 def exceeded(allowance: Allowance, ends: float) -> BudgetExceeded:
-    anew = "" if allowance.window == "total" else f" It begins anew at {time.strftime('%Y-%m-%d %H:%M', time.gmtime(ends))} UTC."
+    anew = (
+        ""
+        if allowance.window == "total"
+        else f" It begins anew at {time.strftime('%Y-%m-%d %H:%M', time.gmtime(ends))} UTC."
+    )
     return BudgetExceeded(
         f"This request could cost more than is left of the budget of {allowance.of}.{anew} "
         "A smaller max_tokens makes a request cost less."

@@ -23,7 +23,17 @@ from proxy.errors import (
 )
 from proxy.needs import NAMES, NOTHING, Misfit, Needs, misfit, same_dimensions
 from proxy.snapshot import Choice, Snapshot, Upstream
-from proxy.strategies import ROUTES, Node, Option, Ranked, Route, RouteState, matches
+from proxy.strategies import (
+    ROUTES,
+    Node,
+    Option,
+    PriceToCompare,
+    Ranked,
+    Route,
+    RouteState,
+    matches,
+    unknown_price,
+)
 
 MOST_MODELS = 20
 """Among how many models of its provider one is sought that fits, for a node that names none."""
@@ -94,12 +104,17 @@ def plan(
     ]
     able, left_out = fitting(snapshot, able, purpose=purpose, needs=needs)
     if resolved.route is not None:
-        order = ranked(routes, resolved.route, able, conditions, hint=resolved.hint)
+        order = ranked(
+            routes, resolved.route, able, conditions, hint=resolved.hint, price=snapshot.price_to_compare
+        )
         able = [each for each, _ in order]
     found = sort_out(able, conditions, turn=routes.turn_of_key, window=functools.partial(_window, snapshot))
     if not found.candidates:
         raise _nobody(found)
-    return Plan(resolved.rule, model, tuple(found.candidates), (*left_out, *found.trace), resolved.resume)
+    candidates = tuple(
+        each._replace(price=snapshot.price(each.upstream.id, each.model)) for each in found.candidates
+    )
+    return Plan(resolved.rule, model, candidates, (*left_out, *found.trace), resolved.resume)
 
 
 def _nobody(found: Sorted) -> GatewayError:
@@ -222,6 +237,7 @@ def ranked(
     *,
     hint: str = "",
     peek: bool = False,
+    price: PriceToCompare = unknown_price,
 ) -> list[tuple[Named, Ranked]]:
     """The order that the route's strategy gives its choices; `peek` leaves everybody's turn as it is.
 
@@ -232,7 +248,8 @@ def ranked(
     options = [Option(choice.node, choice.model) for _, choice in few if choice.node is not None]
     avoid = frozenset((*conditions.weather.down, *conditions.open_circuits))
     return [
-        (few[each.index], each) for each in routes.order(route, options, hint=hint, avoid=avoid, peek=peek)
+        (few[each.index], each)
+        for each in routes.order(route, options, hint=hint, avoid=avoid, peek=peek, price=price)
     ]
 
 

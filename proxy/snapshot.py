@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,15 +25,24 @@ from providers.fields import raw
 from providers.keyring import WrongEncryptionKey
 from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
 from providers.wire import Credential, Endpoint, Kind, Purpose, origin_of
+from proxy import prices as price_table
 from proxy.auth import Caller
-from proxy.models import Budget, GatewayKey, ModelRoute, RouteNode
+from proxy.models import Budget, GatewayKey, ModelRoute, PriceList, RouteNode
 from proxy.needs import UNKNOWN, ModelFacts
+from proxy.price_book import PriceBook
+from proxy.price_source import vendor_of
+from proxy.pricing import Price
 from proxy.purses import Allowance
 from proxy.strategies import Node, Route
 
 logger = logging.getLogger(__name__)
 
-OF = {"gateway_key": "this key", "user": "this key's owner", "team": "this key's team", "provider": "the provider"}
+OF = {
+    "gateway_key": "this key",
+    "user": "this key's owner",
+    "team": "this key's team",
+    "provider": "the provider",
+}
 """Whose a budget is, in the words of an error."""
 
 Row = TypeVar("Row", bound=Model)
@@ -59,6 +69,11 @@ class Upstream:
     def slug(self) -> str:
         return self.endpoint.slug
 
+    @property
+    def vendor(self) -> str:
+        """Whose price list its models are in."""
+        return vendor_of(self.endpoint.kind, self.endpoint.base_url)
+
 
 class Choice(NamedTuple):
     """A model of a provider that may be asked; without `credential`, all keys of the provider serve.
@@ -83,6 +98,8 @@ class Snapshot:
     active: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     routes: Mapping[str, Route] = field(default_factory=dict)
     budgets: Mapping[int, Allowance] = field(default_factory=dict)
+    prices: PriceBook = field(default_factory=PriceBook)
+    price_list_broken: bool = False
 
     def caller_is_good(self, caller: Caller, now: float) -> bool:
         """Whether a key that was good when its request began still is; a rotated one is."""
@@ -92,6 +109,18 @@ class Snapshot:
     def facts_of(self, provider_id: int, model: str) -> ModelFacts:
         """What is known of a model; nothing of one that its provider does not list."""
         return self.facts.get((provider_id, model), UNKNOWN)
+
+    def price(self, provider_id: int, model: str) -> Price | None:
+        """What a model costs now; None when nobody knows, which is not the same as free."""
+        upstream = self.upstreams.get(provider_id)
+        if upstream is None:
+            return None
+        return self.prices.price(provider_id, upstream.vendor, model, time.time())
+
+    def price_to_compare(self, provider_id: int, model: str) -> float | None:
+        """US dollars per million tokens, to compare models by."""
+        price = self.price(provider_id, model)
+        return None if price is None else price.blended
 
 
 def build() -> Snapshot:
@@ -109,6 +138,8 @@ def build() -> Snapshot:
         upstreams = {each.id: each for each in _upstreams(credentials, models, _by_subject(budgets))}
         active = _active()
         routes = {route.name: route for route in _routes()}
+        prices = price_table.book({each.vendor for each in upstreams.values()}, upstreams.keys())
+        price_list_broken = PriceList.objects.exclude(problem="").exists()
     return Snapshot(
         version=version,
         callers=callers,
@@ -124,6 +155,8 @@ def build() -> Snapshot:
         active=active,
         routes=routes,
         budgets={row.pk: Allowance(row.pk, OF[row.subject_kind], row.window, row.hard) for row in budgets},
+        prices=prices,
+        price_list_broken=price_list_broken,
     )
 
 

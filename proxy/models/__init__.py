@@ -1,5 +1,6 @@
 from proxy.models.budgets import Budget, BudgetAccount, BudgetGrant, Window
 from proxy.models.keys import GatewayKey, GatewayKeyUse
+from proxy.models.prices import ModelPrice, PriceList
 from proxy.models.routes import Mode, ModelRoute, RouteNode, Strategy
 from proxy.models.usage import SpoolSegment, UsageRecord
 
@@ -10,7 +11,9 @@ __all__ = [
     "GatewayKey",
     "GatewayKeyUse",
     "Mode",
+    "ModelPrice",
     "ModelRoute",
+    "PriceList",
     "RouteNode",
     "SpoolSegment",
     "Strategy",

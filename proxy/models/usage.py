@@ -50,11 +50,14 @@ class UsageRecord(models.Model):
 
     id: the attempt's own UUIDv7, made by the worker; request_id is the caller's, correlates and may repeat.
     prompt_tokens includes cached_tokens; where tokens_source is `none`, nobody knows and all token counts are 0.
-    cost_nanodollars: 10^-9 US dollars; null while no price is known, which is not the same as free.
+    cost_nanodollars: 10^-9 US dollars, by the row `price_id` of ModelPrice; both null where no price is known, which is not the
+        same as free. An attempt that the provider did not take costs 0 if its model's price is known. One whose worker died is
+        null: nobody knows what the provider did with it.
     """
 
     Status = UsageStatus
     TokensSource = TokensSource
+    UNPRICED: ClassVar = Q(cost_nanodollars=None) & ~Q(tokens_source=TokensSource.NONE)
 
     id = models.UUIDField(primary_key=True, editable=False)
     request_id = models.CharField(max_length=128, blank=True)
@@ -95,6 +98,11 @@ class UsageRecord(models.Model):
             models.Index(fields=["created_at"], name="usage_created"),
             models.Index(fields=["gateway_key_id", "created_at"], name="usage_gateway_key_created"),
             models.Index(fields=["provider_id", "created_at"], name="usage_provider_created"),
+            models.Index(
+                fields=["created_at"],
+                condition=Q(cost_nanodollars=None) & ~Q(tokens_source=TokensSource.NONE),
+                name="usage_unpriced",
+            ),
         ]
         constraints: ClassVar = [
             *_not_negative(),
@@ -110,6 +118,11 @@ class UsageRecord(models.Model):
 
     def __str__(self) -> str:
         return f"{self.id} {self.provider}/{self.model} {self.status}"
+
+    @property
+    def unpriced(self) -> bool:
+        """Whether a provider answered and nobody knows what that cost: the record's flag, never a silent 0."""
+        return self.cost_nanodollars is None and self.tokens_source != TokensSource.NONE
 
     @property
     def total_tokens(self) -> int:
