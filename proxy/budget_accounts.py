@@ -61,6 +61,8 @@ def take(worker: str, key: AccountKey, amount: int, consumed: int) -> int | None
         limit = Budget.objects.filter(pk=key.budget_id).values_list("amount", flat=True).first()
         if limit is None:
             raise NoSuchBudget
+        if amount > limit:
+            return None
         account = _account(key)
         share = (limit - account.spent - account.held) // SHARE
         wanted = [share, amount] if share > amount else [amount]

@@ -7,6 +7,7 @@ time, while the requests that need it wait. Redis has no part in this.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -139,9 +140,9 @@ class Grants:
 
     async def close(self) -> None:
         """Wait for what is asked. The grants themselves go back when the last record of this worker is drained."""
-        asking = [account.asking for account in self._accounts.values() if account.asking is not None]
-        if asking:
-            await asyncio.wait(asking, timeout=CLOSE_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            # Asked last, so answered after everything else.
+            await asyncio.wait_for(self._call(_disconnect), CLOSE_SECONDS)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     # -- the books -----------------------------------------------------------------------------------------------------
@@ -206,6 +207,11 @@ def _connected(function: Callable[P, T], *args: P.args, **options: P.kwargs) -> 
     if connection.vendor != "sqlite":
         connection.close()
     return answer
+
+
+def _disconnect() -> None:
+    """Here, because the connection is the thread's that asks for it."""
+    connection.close()
 
 
 def exceeded(allowance: Allowance, ends: float) -> BudgetExceeded:
