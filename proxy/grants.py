@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ParamSpec, Protocol, TypeVar
 
@@ -33,6 +34,8 @@ IDLE_SECONDS = 10.0
 """After which what nobody uses of a grant goes back."""
 WAIT_SECONDS = 3.0
 """The longest that a request waits for an answer of the books."""
+GRACE_SECONDS = 0.05
+"""And the shortest: that this process is busy does not mean that the books do not answer."""
 CLOSE_SECONDS = 5.0
 KEEP_SECONDS = 86_400.0
 """For which a purse outlives its window, so that a clock which is set back finds it again."""
@@ -68,6 +71,10 @@ class Account:
     short: int = 0
     silent: bool = False
     unsure: bool = False
+
+    def keep_away(self) -> None:
+        self.silent = self.unsure = True
+        self.short, self.rests_until = 0, time.monotonic() + REST_SECONDS
 
     def refusal(self) -> GatewayError:
         if self.silent:
@@ -116,14 +123,9 @@ class Grants:
             if now < account.rests_until and missing >= account.short:
                 raise account.refusal()
             if account.asking is None:
-                self._ask(account, missing)
-            left = account.asked_at + WAIT_SECONDS - now
-            if left <= 0 or account.asking is None:
-                raise BudgetUnavailable
-            try:
-                await asyncio.wait_for(asyncio.shield(account.asking), left)
-            except TimeoutError:
-                raise BudgetUnavailable from None
+                account.asked_at = now
+                account.asking = asyncio.create_task(self._take(account, missing))
+            await self._answer(account, now)
 
     def sweep(self) -> None:
         """Once a second: give back what nobody uses."""
@@ -134,7 +136,8 @@ class Grants:
                 continue
             if account.unsure or purse.granted > purse.kept:
                 if now >= account.rests_until:
-                    self._return(account)
+                    account.asked_at = now
+                    account.asking = asyncio.create_task(self._give_back(account))
             elif not purse.reserved and self._clock() > purse.ends + KEEP_SECONDS:
                 del self._accounts[purse.key]
 
@@ -147,49 +150,49 @@ class Grants:
 
     # -- the books -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, account: Account, missing: int) -> None:
-        account.asked_at = time.monotonic()
-        account.asking = asyncio.create_task(self._take(account, missing))
+    async def _answer(self, account: Account, now: float) -> None:
+        """Wait for the books, who may have been asked a while ago. Raises BudgetUnavailable when they say nothing."""
+        asking = account.asking
+        assert asking is not None
+        left = max(account.asked_at + WAIT_SECONDS - now, GRACE_SECONDS)
+        await asyncio.wait({asking}, timeout=left)
+        if not asking.done():
+            raise BudgetUnavailable
 
     async def _take(self, account: Account, missing: int) -> None:
         purse = account.purse
-        try:
+        with self._asking(account):
             granted = await self._call(self.ledger.take, self._worker, purse.key, missing, purse.consumed)
-        except (DatabaseError, InterfaceError, NoSuchBudget) as error:
-            self._silence(account, error)
-        else:
             account.silent = False
             if granted is None:
                 account.short, account.rests_until = missing, time.monotonic() + REST_SECONDS
             else:
                 purse.granted, account.rests_until = granted, 0.0
                 purse.used_at = time.monotonic()
-        finally:
-            account.asking = None
-
-    def _return(self, account: Account) -> None:
-        account.asked_at = time.monotonic()
-        account.asking = asyncio.create_task(self._give_back(account))
 
     async def _give_back(self, account: Account) -> None:
         purse = account.purse
         # From here on it is no longer ours to give away, whether the books hear of it or not.
         purse.granted = kept = min(purse.granted, purse.kept)
-        try:
+        with self._asking(account):
             purse.granted = await self._call(self.ledger.give_back, self._worker, purse.key, kept)
-            account.unsure = False
-        except (DatabaseError, InterfaceError) as error:
-            self._silence(account, error)
+            account.silent = account.unsure = False
+
+    @contextmanager
+    def _asking(self, account: Account) -> Iterator[None]:
+        """Books that do not answer are left alone for a moment, and may have done what they were asked."""
+        try:
+            yield
+        except (DatabaseError, InterfaceError, NoSuchBudget) as error:
+            if not account.silent:
+                name = account.purse.key.budget_id
+                logger.warning("budget %d is served from what was granted: %s", name, error)
+            account.keep_away()
+        except Exception:
+            logger.exception("the books of budget %d failed", account.purse.key.budget_id)
+            account.keep_away()
         finally:
             account.asking = None
-
-    def _silence(self, account: Account, error: Exception) -> None:
-        if not account.silent:
-            logger.warning(
-                "budget %d is served from what was granted: %s", account.purse.key.budget_id, error
-            )
-        account.silent = account.unsure = True
-        account.short, account.rests_until = 0, time.monotonic() + REST_SECONDS
 
     async def _call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(
