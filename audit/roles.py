@@ -37,6 +37,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         "models": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "active": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "routes": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
+        "prices": {Role.VIEWER: _READ, Role.OPERATOR: _WRITE},
         "api_keys": {Role.VIEWER: _READ, Role.OPERATOR: frozenset({"read", "add", "replace", "test"})},
         "gateway_keys": {
             Role.VIEWER: _READ,
@@ -65,6 +66,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "models": ("providers.upstreammodel",),
         "active": ("providers.activeprovider", "providers.activetarget"),
         "routes": ("proxy.modelroute", "proxy.routenode"),
+        "prices": ("proxy.modelprice",),
         "api_keys": ("providers.apikey", "providers.keyuse"),
         "gateway_keys": ("proxy.gatewaykey", "proxy.gatewaykeyuse"),
         "budgets": ("proxy.budget", "proxy.budgetaccount"),
@@ -86,6 +88,7 @@ WRITTEN_BY_NOBODY: Final = frozenset(
         "proxy.gatewaykeyuse",
         "proxy.budgetaccount",
         "proxy.budgetgrant",
+        "proxy.pricelist",
         "proxy.usagerecord",
         "proxy.spoolsegment",
     }

@@ -82,13 +82,17 @@ UNFOLD: dict[str, Any] = {
             },
             {
                 "title": "3 · Give access",
-                "items": [_page("Gateway keys", "vpn_key", "proxy.gatewaykey")],
+                "items": [
+                    _page("Gateway keys", "vpn_key", "proxy.gatewaykey"),
+                    _page("Budgets", "savings", "proxy.budget"),
+                ],
             },
             {
                 "title": "Observe",
                 "separator": True,
                 "items": [
                     _page("Usage", "bar_chart", "proxy.usagerecord"),
+                    _page("Prices", "payments", "proxy.modelprice"),
                     _page("Health checks", "monitor_heart", "providers.healthcheck"),
                     _page("Audit log", "history", "audit.entry"),
                 ],

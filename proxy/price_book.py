@@ -131,7 +131,7 @@ def _names(match: Mapping[str, Any] | None, model: str) -> tuple[list[str], bool
     """The names that a clause asks for, and whether these are all that it asks for."""
     if match is None:
         return ([], False) if "*" in model else ([model.lower()], True)
-    parts = match["or"] if "or" in match else [match]
+    parts = match.get("or", [match])
     names = [part["equals"].lower() for part in parts if "equals" in part]
     return names, len(names) == len(parts)
 

@@ -10,17 +10,17 @@ import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
-from decimal import ROUND_HALF_UP, Decimal
-from importlib.metadata import version
+from decimal import Decimal
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import urlsplit
 
 from providers.adapters import KINDS, SELF_HOSTED, VENDORS
 from proxy.models.prices import BEGINNING, price_of
 from proxy.price_book import check_match
+from proxy.pricing import nano_of
 
 PACKAGE = "genai-prices"
-NANO = 10**9
 FREE = ":free"
 """How OpenRouter's names end of models that cost nothing; elsewhere an empty price means that nobody wrote it down."""
 
@@ -72,18 +72,25 @@ def vendor_of(kind: str, base_url: str) -> str:
     return HOSTS.get(urlsplit(base_url).hostname or "", kind)
 
 
+def installed() -> str:
+    """The package's version; empty when it is not there."""
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return ""
+
+
 def read() -> tuple[str, list[Model]]:
     """The installed package's version and list. Raises PriceSourceBroken, whatever is wrong with it."""
     try:
         providers = importlib.import_module("genai_prices.data").providers
         models = list(_models(providers))
-        found = version(PACKAGE)
     except Exception as error:
         # Whatever a package of somebody else can do wrong when it is imported or read.
         raise PriceSourceBroken(f"{type(error).__name__}: {error}"[:200]) from error
     if not any(each.offers[-1].rates["prompt"] for each in models):
         raise PriceSourceBroken("no model in it costs anything")
-    return found, models
+    return installed(), models
 
 
 def _models(providers: Iterable[Any]) -> Iterator[Model]:
@@ -115,7 +122,7 @@ def _offers(info: Any) -> Iterator[Offer]:
         rates = _rates(each.prices, free=info.id.endswith(FREE))
         if rates is None:
             return
-        constraint = getattr(each, "constraint", None)
+        constraint: Any = getattr(each, "constraint", None)
         if hasattr(constraint, "start_time"):
             hours = {"from": _second(constraint.start_time), "until": _second(constraint.end_time)}
             offers[-1].rates["hours"].append({**rates, **hours})
@@ -144,16 +151,12 @@ def _rates(prices: Any, *, free: bool) -> dict[str, Any] | None:
         if value is None:
             rates[name] = 0 if name in {"prompt", "completion"} else None
         elif hasattr(value, "tiers"):
-            rates[name] = _nano(value.base)
-            rates["tiers"][name] = [[tier.start, _nano(tier.price)] for tier in value.tiers]
+            rates[name] = nano_of(value.base)
+            rates["tiers"][name] = [[tier.start, nano_of(tier.price)] for tier in value.tiers]
         else:
-            rates[name] = _nano(value)
-    rates["request"] = _nano(told.get("requests_kcount", Decimal(0)) / 1000)
+            rates[name] = nano_of(value)
+    rates["request"] = nano_of(told.get("requests_kcount", Decimal(0)) / 1000)
     return rates
-
-
-def _nano(dollars: Decimal) -> int:
-    return int((dollars * NANO).quantize(Decimal(1), ROUND_HALF_UP))
 
 
 def _second(moment: time) -> int:

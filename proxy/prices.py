@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from django.core.exceptions import ValidationError
-from django.db.models import Q
+from django.db.models import BooleanField, Case, Exists, OuterRef, Q, QuerySet, Value, When
 from django.utils import timezone
 
 from audit.changes import Change, Identity, Via, changes
@@ -68,6 +68,15 @@ def refresh(*, via: Via) -> Refreshed:
                 },
             )
     return Refreshed(len(rows), package_version)
+
+
+def refresh_if_new(*, via: Via) -> Refreshed:
+    """The same, unless the installed version's list has been taken over already: reading it takes a second."""
+    known = PriceList.objects.filter(problem="").exclude(package_version="")
+    version = known.values_list("package_version", flat=True).first()
+    if version is not None and version == price_source.installed():
+        return Refreshed(package_version=version)
+    return refresh(via=via)
 
 
 def _note(change: Change, *, package_version: str = "", problem: str = "") -> str:
@@ -130,15 +139,11 @@ def _says(row: ModelPrice, model: price_source.Model, offer: Offer) -> bool:
 # -- what people say -----------------------------------------------------------------------------------------------------
 
 
-def add_override(row: ModelPrice, provider: Provider) -> None:
-    """Check and save what `row` says of models of `provider`; an override of the same name ends where this one begins.
-
-    Inside `changes()`. Raises ValidationError.
-    """
+def check_override(row: ModelPrice, provider: Provider) -> None:
+    """Make `row` an override of models of `provider`. Raises ValidationError when it cannot be one; saves nothing."""
     row.source, row.vendor, row.match = PriceSource.OVERRIDE, "", None
     row.provider_id, row.provider = provider.pk, provider.slug
     now = timezone.now()
-    row.effective_from = row.effective_from or now
     if row.effective_from < now - LATENESS:
         raise ValidationError(
             {"effective_from": "It cannot begin in the past: what was used has been billed already."}
@@ -146,6 +151,14 @@ def add_override(row: ModelPrice, provider: Provider) -> None:
     if row.effective_until is not None and row.effective_until <= row.effective_from:
         raise ValidationError({"effective_until": "It must end after it begins."})
     row.full_clean()
+
+
+def add_override(row: ModelPrice, provider: Provider) -> None:
+    """Save what `row` says of models of `provider`; an override of the same name ends where this one begins.
+
+    Inside `changes()`. Raises ValidationError.
+    """
+    check_override(row, provider)
     former = ModelPrice.objects.filter(
         Q(effective_until=None) | Q(effective_until__gt=row.effective_from),
         source=PriceSource.OVERRIDE,
@@ -170,6 +183,28 @@ def end_override(row: ModelPrice) -> None:
 def _end(row: ModelPrice, moment: datetime) -> None:
     row.effective_until = max(moment, row.effective_from)
     row.save(update_fields=["effective_until"])
+
+
+def with_state(rows: QuerySet[ModelPrice]) -> QuerySet[ModelPrice]:
+    """Rows with `is_current`: whether theirs is the price that holds now."""
+    now = timezone.now()
+    newer = ModelPrice.objects.filter(
+        Q(effective_from__gt=OuterRef("effective_from"))
+        | Q(effective_from=OuterRef("effective_from"), id__gt=OuterRef("id")),
+        source=PriceSource.PACKAGE,
+        vendor=OuterRef("vendor"),
+        model=OuterRef("model"),
+        effective_from__lte=now,
+    )
+    begun = Q(effective_from__lte=now) & (Q(effective_until=None) | Q(effective_until__gt=now))
+    return rows.annotate(
+        is_current=Case(
+            When(~begun, then=Value(False)),
+            When(Q(source=PriceSource.PACKAGE) & Exists(newer), then=Value(False)),
+            default=Value(True),
+            output_field=BooleanField(),
+        )
+    )
 
 
 # -- for requests --------------------------------------------------------------------------------------------------------

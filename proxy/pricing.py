@@ -5,13 +5,26 @@ Rates are nano-dollars per million tokens, so that a dollar per million tokens i
 
 from __future__ import annotations
 
+from decimal import ROUND_HALF_UP, Decimal
 from typing import NamedTuple
 
 from providers.wire import Usage
 
 MILLION = 1_000_000
+NANO = 1_000_000_000
 MOST = 2**63 - 1
 """The largest cost there is; it is also the largest that the database's column takes."""
+
+
+def nano_of(dollars: Decimal) -> int:
+    """Nano-dollars, rounded half up."""
+    return int((dollars * NANO).quantize(Decimal(1), ROUND_HALF_UP))
+
+
+def dollars_of(nano: int) -> Decimal:
+    """Exactly; with as many digits as it takes and no more."""
+    found = (Decimal(nano) / NANO).normalize()
+    return found if found.as_tuple().exponent <= 0 else found.quantize(Decimal(1))  # type: ignore[operator]  # it is finite
 
 
 class Rate(NamedTuple):
@@ -85,7 +98,7 @@ class Price(NamedTuple):
     @property
     def blended(self) -> float:
         """Dollars per million tokens, three of the prompt to one of the completion: to compare models by, never to bill."""
-        return (3 * self.prompt.base + self.completion.base) / 4 / 1_000_000_000
+        return (3 * self.prompt.base + self.completion.base) / 4 / NANO
 
     def _whole(self, total: int) -> int:
         """Millionths of nano-dollars, and what a request costs by itself, to nano-dollars."""

@@ -17,7 +17,9 @@ from audit import roles
 from audit.api_errors import Conflict
 from audit.api_views import KnownFields, Rows, StrictSerializer, word_of
 from proxy import keys
+from proxy.api.budgets import KeyBudget
 from proxy.models import GatewayKey, GatewayKeyUse
+from proxy.models.budgets import current_accounts
 
 MAX_OVERLAP_SECONDS = 30 * 24 * 3600
 
@@ -42,9 +44,9 @@ class OwnerField(serializers.Field[Any, Any, Any, Any]):
         return found
 
 
-class GatewayKeySerializer(StrictSerializer[GatewayKey]):
+class GatewayKeySerializer(KeyBudget, StrictSerializer[GatewayKey]):
     aliases: ClassVar = {"is_active": "enabled"}
-    volatile: ClassVar = frozenset({"requests_count", "last_used_at", "updated_at"})
+    volatile: ClassVar = frozenset({"requests_count", "last_used_at", "updated_at", "spent_usd"})
 
     owner = OwnerField(required=False, allow_null=True)
     is_active = serializers.BooleanField(
@@ -58,7 +60,7 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         model = GatewayKey
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
-            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", "requests_count",
+            "max_concurrency", "budget_usd", "budget_window", "spent_usd", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", "requests_count",
             "last_used_at", "created_by", "created_at", "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "created_by")
@@ -76,18 +78,25 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         return super().to_representation(key)
 
     def create(self, values: dict[str, Any]) -> GatewayKey:
+        budget = self.take_budget(values)
         values.setdefault("max_concurrency", keys.default_concurrency())
         key = GatewayKey(**values, created_by=self.user.get_username())
         # Lives only on this object, for the one answer that shows it.
         key.whole = keys.give_secret(key)  # type: ignore[attr-defined]
         key.full_clean()
         key.save()
+        self.give_budget(key, budget)
         return key
 
     def update(self, key: GatewayKey, values: dict[str, Any]) -> GatewayKey:
         if key.revoked_at is not None and values.get("enabled"):
             raise Conflict("A revoked key stays revoked; issue another one.")
-        return super().update(key, values)
+        budget = self.take_budget(values)
+        other_budget = self.give_budget(key, budget)
+        if not self.put(key, values) and other_budget:
+            # The budget is a part of what is shown of the key, and so of its version.
+            key.save()
+        return key
 
 
 class IssuedSerializer(GatewayKeySerializer):
@@ -112,7 +121,7 @@ class GatewayKeys(Rows):
     resource = "gateway_keys"
     words: ClassVar = {"revoke": "revoke", "rotate": "rotate"}
     serializer_class = GatewayKeySerializer
-    queryset = GatewayKey.objects.select_related("owner", "use")
+    queryset = GatewayKey.objects.select_related("owner", "use", "budget")
     filterset_fields = ("enabled", "owner__username")
     search_fields = ("name", "key_id", "owner__username")
     ordering_fields = ("id", "name", "enabled", "expires_at", "created_at", "updated_at")
@@ -121,6 +130,7 @@ class GatewayKeys(Rows):
         rows = super().get_queryset()
         if not self.request.user.is_authenticated:
             return rows.none()
+        rows = rows.prefetch_related(current_accounts("budget__accounts"))
         if roles.own_only(self.request.user, self.resource, word_of(self)):
             return rows.filter(owner=self.request.user)
         return rows

@@ -18,7 +18,7 @@ from audit.roles import Role
 from providers.models import Provider
 from providers.models.provider import Versioned
 from proxy.models.keys import GatewayKey
-from proxy.purses import WINDOWS, window_at
+from proxy.purses import NEVER, WINDOWS, window_at
 
 NANO = 1_000_000_000
 MOST_USD = 1_000_000_000
@@ -95,6 +95,26 @@ class Budget(Versioned):
         kind = self.subject_kind
         return f"{kind.replace('_', ' ')} {getattr(self, kind)}" if kind else "nobody"
 
+    @property
+    def account(self) -> BudgetAccount:
+        """The account of the window that lies around now; an empty one, not stored, where nothing was asked of it yet.
+
+        Lists fetch them at once with `current_accounts`.
+        """
+        found: list[BudgetAccount] | None = getattr(self, "current", None)
+        if found is None:
+            found = list(self.accounts.filter(_around_now(), window=self.window))
+        if found:
+            return found[0]
+        start, _ = window_at(self.window, timezone.now().timestamp())
+        return BudgetAccount(budget=self, window=self.window, window_start=start_of(start))
+
+    @property
+    def begins_anew(self) -> datetime | None:
+        """When the present window ends; None: never."""
+        _, ends = window_at(self.window, timezone.now().timestamp())
+        return None if ends == NEVER else datetime.fromtimestamp(ends, UTC)
+
     def clean(self) -> None:
         if sum(getattr(self, f"{name}_id") is not None for name in SUBJECTS) != 1:
             raise ValidationError("A budget is of exactly one: a gateway key, a user, a team or a provider.")
@@ -167,9 +187,44 @@ def start_of(start: int) -> datetime:
 
 def current_accounts(path: str = "accounts") -> Prefetch[Any]:
     """Fetches the account of the window that lies around now, as the list `current` of each budget."""
+    rows = BudgetAccount.objects.filter(_around_now(), window=F("budget__window"))
+    return Prefetch(path, queryset=rows, to_attr="current")
+
+
+def _around_now() -> Q:
     now = timezone.now().timestamp()
     condition = Q(pk=None)
     for window in WINDOWS:
         condition |= Q(window=window, window_start=start_of(window_at(window, now)[0]))
-    rows = BudgetAccount.objects.filter(condition, window=F("budget__window"))
-    return Prefetch(path, queryset=rows, to_attr="current")
+    return condition
+
+
+def warned() -> models.QuerySet[BudgetAccount]:
+    """Accounts of present windows that have reached the percentage at which their budget warns."""
+    return BudgetAccount.objects.filter(
+        _around_now(),
+        window=F("budget__window"),
+        spent__gt=0,
+        # Divided first, so that no amount leaves 64 bits; a hundredth of a nano-dollar is nobody's.
+        spent__gte=F("budget__amount") / 100 * F("budget__warn_at_percent"),
+    )
+
+
+def set_key_budget(key: GatewayKey, amount: int | None, window: str | None) -> bool:
+    """Make this the amount (nano-dollars) of a key's budget, and its window where one is named; None takes it away.
+
+    Whether that changed anything. Inside `audit.changes`. Raises ValidationError.
+    """
+    row = Budget.objects.filter(gateway_key=key).first()
+    if amount is None:
+        if row is not None:
+            row.delete()
+        return row is not None
+    row = row or Budget(gateway_key=key)
+    window = window or row.window
+    if row.pk and (row.amount, row.window) == (amount, window):
+        return False
+    row.amount, row.window = amount, window
+    row.full_clean()
+    row.save()
+    return True

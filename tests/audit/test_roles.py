@@ -64,6 +64,10 @@ MATRIX: list[tuple[str, str, str]] = [
     ("delete", "model-routes/{route}", WRITE),
     ("post", "model-routes/{route}/select", WRITE),
     ("get", "model-routes/{route}/state", READ),
+    ("get", "prices", READ),
+    ("post", "prices", WRITE),
+    ("get", "prices/{price}", READ),
+    ("post", "prices/{price}/end", WRITE),
     ("get", "gateway-keys", "m" + READ),
     ("post", "gateway-keys", WRITE),
     ("get", "gateway-keys/{gateway}", "m" + READ),
@@ -96,7 +100,16 @@ def things(people: dict[str, User]) -> dict[str, Any]:
     route = client.post(f"{V1}/model-routes", {"name": "fast", "nodes": [{"provider_id": server}]}).json()[
         "id"
     ]
-    return {"server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route}
+    override = {
+        "provider": "openai",
+        "model": "gpt-*",
+        "prompt_usd_per_million": "1",
+        "completion_usd_per_million": "2",
+    }
+    price = client.post(f"{V1}/prices", override).json()["id"]
+    return {
+        "server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route, "price": price,
+    }  # fmt: skip
 
 
 def test_the_matrix(people: dict[str, User], things: dict[str, Any]) -> None:
@@ -138,6 +151,7 @@ def _routes() -> Iterator[tuple[str, set[str]]]:
         "api-keys": "{key}",
         "active": "{purpose}",
         "model-routes": "{route}",
+        "prices": "{price}",
     }
     for pattern in (*router.urls, *active_router.urls):
         actions = getattr(pattern.callback, "actions", {})

@@ -30,6 +30,9 @@ PAGES = (
     "/admin/providers/activeprovider/",
     "/admin/providers/activeprovider/chat/change/",
     "/admin/proxy/modelroute/",
+    "/admin/proxy/modelprice/",
+    "/admin/proxy/modelprice/add/",
+    "/admin/proxy/modelprice/1/change/",
     "/admin/proxy/modelroute/add/",
     "/admin/proxy/modelroute/1/change/",
     "/admin/proxy/modelroute/1/dry-run/",
@@ -188,6 +191,7 @@ def hostile_pages(page: Page) -> list[str]:
         "providers/upstreammodel",
         "proxy/gatewaykey",
         "proxy/modelroute",
+        "proxy/modelprice",
         "proxy/usagerecord",
         "audit/entry",
     ):

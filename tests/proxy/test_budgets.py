@@ -32,8 +32,14 @@ A_TOKEN = 1_000_000
 def shop(house: House, upstream: Upstream) -> House:
     """A data plane whose upstream answers with five tokens, each at a nano-dollar."""
     house.activate((house.provide("first", f"{upstream.url}/v1"), "tiny"))
-    house.price(completion=A_TOKEN)
+    price(house, completion=A_TOKEN)
     return house
+
+
+def price(house: House, **rates: int) -> None:
+    """What every model costs, in nano-dollars per million tokens; without any, nobody knows."""
+    said = Price(1, **{name: Rate(rate) for name, rate in rates.items()})
+    house.charge(*((number, "*", said) for number in (1, 2) if rates))
 
 
 def budgeted(house: House, amount: int, **how: Any) -> str:
@@ -146,7 +152,7 @@ def test_a_soft_budget_is_charged_and_never_refuses(shop: House) -> None:
     assert shop.ask(key=key).status_code == 200
     assert shop.records()[0]["budgets"] == [[1, "total", 0]]
     assert shop.records()[0]["grants"] == [0]
-    shop.price()
+    price(shop)
     assert shop.ask(key=key).status_code == 200
 
 
@@ -154,7 +160,7 @@ def test_what_nobody_knows_the_price_of_is_refused_where_there_is_a_budget_to_ke
     shop: House, upstream: Upstream
 ) -> None:
     key = budgeted(shop, 1000)
-    shop.price()
+    price(shop)
     refused = shop.ask(key=key)
     assert refusal(refused) == (402, "price_unknown")
     assert refused.headers["x-should-retry"] == "false"
@@ -164,7 +170,7 @@ def test_what_nobody_knows_the_price_of_is_refused_where_there_is_a_budget_to_ke
 
 def test_what_is_free_needs_no_budget(shop: House) -> None:
     key = budgeted(shop, 0)
-    shop.price(completion=0)
+    price(shop, completion=0)
     assert shop.ask(key=key).status_code == 200
 
 
@@ -174,7 +180,7 @@ def test_what_is_free_needs_no_budget(shop: House) -> None:
 def test_a_provider_whose_budget_is_used_up_is_left_for_the_next(
     pair: House, upstream: Upstream, fallback: Upstream
 ) -> None:
-    pair.price(completion=A_TOKEN)
+    price(pair, completion=A_TOKEN)
     pair.budget(7, of="the provider", provider=1)
     for name in ("first", "second"):
         answered = pair.ask(None, max_tokens=5)
@@ -187,14 +193,14 @@ def test_a_provider_whose_budget_is_used_up_is_left_for_the_next(
 
 
 def test_402_when_the_budgets_of_all_providers_are_used_up(pair: House) -> None:
-    pair.price(completion=A_TOKEN)
+    price(pair, completion=A_TOKEN)
     for number in (1, 2):
         pair.budget(4, of="the provider", provider=number)
     assert refusal(pair.ask(None, max_tokens=5)) == (402, "budget_exceeded")
 
 
 def test_a_request_is_held_at_the_dearest_candidate(pair: House) -> None:
-    pair.price(completion=A_TOKEN)
+    price(pair, completion=A_TOKEN)
     pair.know(2, "big", context_window=3)
     key = budgeted(pair, 64_000)
     pair.know(1, "tiny", context_window=40)
@@ -236,7 +242,7 @@ def test_f14_a_caller_who_leaves_is_charged_what_came_and_holds_nothing(
 
 
 def test_every_attempt_of_a_request_is_charged(pair: House, upstream: Upstream) -> None:
-    pair.price(completion=A_TOKEN, prompt=A_TOKEN)
+    price(pair, completion=A_TOKEN, prompt=A_TOKEN)
     key = budgeted(pair, 32_000)
     upstream.behave(answers.raw(b"this is no completion"))
     assert pair.ask(None, key=key, max_tokens=5).status_code == 200

@@ -29,7 +29,7 @@ from proxy.gateway import Gateway
 from proxy.inflight import Registry
 from proxy.needs import ModelFacts
 from proxy.price_book import FOREVER, Dated, Override, PriceBook
-from proxy.pricing import Price, Rate
+from proxy.pricing import Price
 from proxy.purses import Allowance
 from proxy.segments import read
 from proxy.snapshot import Choice, Snapshot, Upstream
@@ -184,16 +184,19 @@ class House:
         self._change(routes={**self._snapshot.routes, name: route})
         return route
 
+    def charge(self, *prices: tuple[int, str, Price]) -> None:
+        """Let models of providers cost something, as overrides do; the names may hold `*`."""
+        said: dict[int, list[Override]] = {}
+        for number, model, price in prices:
+            said.setdefault(number, []).append(Override(model, Dated(0.0, FOREVER, price)))
+        self.price_by(PriceBook(overrides=said))
+
+    def price_by(self, book: PriceBook) -> None:
+        self._change(prices=book)
+
     def know(self, provider_id: int, model: str, **facts: Any) -> None:
         """What is known of a model (fields of ModelFacts)."""
         self._change(facts={**self._snapshot.facts, (provider_id, model): ModelFacts(**facts)})
-
-    def price(self, **rates: int) -> None:
-        """What every model costs, in nano-dollars per million tokens; {} takes the prices away."""
-        price = Price(1, **{name: Rate(rate) for name, rate in rates.items()})
-        override = Override("*", Dated(0, FOREVER, price))
-        overrides = {number: [override] for number in self._snapshot.upstreams} if rates else {}
-        self._change(prices=PriceBook(overrides=overrides))
 
     def budget(
         self,
