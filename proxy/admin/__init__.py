@@ -1,5 +1,5 @@
-"""The admin pages of gateway keys, model routes, prices and usage, and the start page."""
+"""The admin pages of gateway keys, budgets, model routes, prices and usage, and the start page."""
 
-from proxy.admin import keys, prices, routes, usage
+from proxy.admin import budgets, keys, prices, routes, usage
 
-__all__ = ["keys", "prices", "routes", "usage"]
+__all__ = ["budgets", "keys", "prices", "routes", "usage"]

@@ -20,13 +20,15 @@ from providers.admin.badges import ago, badge
 from providers.admin.fields import LinesField
 from providers.models import ActiveProvider, Provider
 from proxy import keys
-from proxy.models import GatewayKey, GatewayKeyUse
+from proxy.admin.budgets import KeyBudgetForm, card, usd
+from proxy.models import Budget, BudgetAccount, GatewayKey, GatewayKeyUse
 
+BUDGET = ("budget_usd", "budget_window")
 LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrency")
 REACH = ("allowed_models", "allowed_networks")
 
 
-class GatewayKeyForm(VersionedForm):
+class GatewayKeyForm(KeyBudgetForm, VersionedForm):
     allowed_models = LinesField(
         help_text="One in each line; * stands for anything. Empty: all models. Example: openai/gpt-*"
     )
@@ -58,15 +60,16 @@ class GatewayKeyAdmin(AuditedAdmin):
     form = GatewayKeyForm
     list_display = ("name", "shown_key", "state", "owner", "expires_at", "requests", "last_used")
     list_filter = ("enabled", "owner")
-    list_select_related = ("owner", "use")
+    list_select_related = ("owner", "use", "budget")
     search_fields = ("name", "=key_id", "owner__username")
     search_help_text = "Search by name, id or owner"
-    derived = (GatewayKeyUse,)
+    derived = (GatewayKeyUse, Budget, BudgetAccount)
     object_views = (("rotate", "rotate_view"), ("revoke", "revoke_view"))
     change_form_outer_before_template = "admin/proxy/key_state.html"
     fieldsets = (
         (None, {"fields": ("name", "owner", "enabled", "expires_at")}),
         ("Limits", {"fields": LIMITS}),
+        ("Budget", {"fields": BUDGET}),
         ("What it may reach, and from where", {"fields": REACH}),
         ("When a stream breaks", {"fields": ("resume_streams",)}),
     )
@@ -86,11 +89,19 @@ class GatewayKeyAdmin(AuditedAdmin):
         """An operator issues, rotates and revokes; what is revoked stays as it was."""
         if obj is None or (may(request.user, "gateway_keys", "change") and obj.revoked_at is None):
             return ()
-        return ("name", "owner", "enabled", "expires_at", *LIMITS, *REACH, "resume_streams")
+        return ("name", "owner", "enabled", "expires_at", *LIMITS, *BUDGET, *REACH, "resume_streams")
 
     @admin.display(description="Key", ordering="key_id")
     def shown_key(self, key: GatewayKey) -> str:
         return f"{key.prefix}…{key.last4}"
+
+    @admin.display(description="Budget (US dollars)")
+    def budget_usd(self, key: GatewayKey) -> str:
+        return "-" if key.budget_amount is None else usd(key.budget_amount)
+
+    @admin.display(description="Window")
+    def budget_window(self, key: GatewayKey) -> str:
+        return key.budget_window or "-"
 
     @admin.display(description="State")
     def state(self, key: GatewayKey) -> SafeString:
@@ -111,6 +122,7 @@ class GatewayKeyAdmin(AuditedAdmin):
             # For the answer to this request only; nothing else ever holds the whole key.
             obj.whole = keys.give_secret(obj)
         super().save_model(request, obj, form, change)
+        form.save_budget()
 
     def response_add(
         self, request: HttpRequest, obj: Any, post_url_continue: str | None = None
@@ -124,6 +136,7 @@ class GatewayKeyAdmin(AuditedAdmin):
             usable = obj.revoked_at is None and self.has_change_permission(request, obj)
             context = {**context, "key_state": state_badge(obj), "key_usable": usable}
             context["key_last_used"] = self.last_used(obj)
+            context |= card(getattr(obj, "budget", None))
         return super().render_change_form(request, context, *args, **kwargs)
 
     def rotate_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
