@@ -14,8 +14,9 @@ from django.utils.safestring import SafeString
 from unfold.widgets import UnfoldAdminSelectWidget, UnfoldAdminTextInputWidget
 
 from audit.admin import AuditedAdmin, VersionedForm
+from audit.admin.versions import ModelForm
 from providers.admin.badges import badge
-from proxy.models import Budget, BudgetAccount, GatewayKey, Window
+from proxy.models import Budget, BudgetAccount, Window
 from proxy.models.budgets import MOST_USD, SUBJECTS, current_accounts, set_key_budget
 from proxy.pricing import dollars_of, nano_of
 
@@ -112,7 +113,7 @@ class BudgetAdmin(AuditedAdmin):
         return begins_anew(budget)
 
 
-class KeyBudgetForm(forms.ModelForm[GatewayKey]):
+class KeyBudgetForm(ModelForm):
     """The fields of a gateway key's page that are a view of its budget."""
 
     budget_usd = AmountField(
@@ -138,7 +139,7 @@ class KeyBudgetForm(forms.ModelForm[GatewayKey]):
 
     def save_budget(self) -> None:
         """After the key is saved. A form without these fields says nothing about the budget."""
-        if "budget_usd" in self.cleaned_data:
+        if {"budget_usd", "budget_window"} & set(self.changed_data):
             set_key_budget(
                 self.instance, self.cleaned_data["budget_usd"], self.cleaned_data.get("budget_window") or None
             )

@@ -173,8 +173,7 @@ class KeyBudget(serializers.Serializer[Any]):
         return {name: values.pop(name) for name in ("budget_amount", "budget_window") if name in values}
 
     @staticmethod
-    def give_budget(key: GatewayKey, said: dict[str, Any]) -> bool:
-        """Store it; whether that changed anything."""
-        if not said:
-            return False
-        return set_key_budget(key, said.get("budget_amount", key.budget_amount), said.get("budget_window"))
+    def give_budget(key: GatewayKey, said: dict[str, Any]) -> None:
+        """Store it."""
+        if said:
+            set_key_budget(key, said.get("budget_amount", key.budget_amount), said.get("budget_window"))

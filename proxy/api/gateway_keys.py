@@ -92,10 +92,8 @@ class GatewayKeySerializer(KeyBudget, StrictSerializer[GatewayKey]):
         if key.revoked_at is not None and values.get("enabled"):
             raise Conflict("A revoked key stays revoked; issue another one.")
         budget = self.take_budget(values)
-        other_budget = self.give_budget(key, budget)
-        if not self.put(key, values) and other_budget:
-            # The budget is a part of what is shown of the key, and so of its version.
-            key.save()
+        self.put(key, values)
+        self.give_budget(key, budget)
         return key
 
 

@@ -85,6 +85,19 @@ class Budget(Versioned):
     def __str__(self) -> str:
         return f"budget of {self.subject_name}"
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        super().save(*args, **kwargs)
+        self._touch_key()
+
+    def delete(self, *args: Any, **kwargs: Any) -> tuple[int, dict[str, int]]:
+        self._touch_key()
+        return super().delete(*args, **kwargs)
+
+    def _touch_key(self) -> None:
+        """The budget is a part of what is shown of a key, and so of its version."""
+        if self.gateway_key_id is not None:
+            GatewayKey.objects.filter(pk=self.gateway_key_id).update(version=F("version") + 1)
+
     @property
     def subject_kind(self) -> str:
         """Which of SUBJECTS it is of."""
@@ -210,21 +223,20 @@ def warned() -> models.QuerySet[BudgetAccount]:
     )
 
 
-def set_key_budget(key: GatewayKey, amount: int | None, window: str | None) -> bool:
+def set_key_budget(key: GatewayKey, amount: int | None, window: str | None) -> None:
     """Make this the amount (nano-dollars) of a key's budget, and its window where one is named; None takes it away.
 
-    Whether that changed anything. Inside `audit.changes`. Raises ValidationError.
+    Inside `audit.changes`. Raises ValidationError.
     """
     row = Budget.objects.filter(gateway_key=key).first()
     if amount is None:
         if row is not None:
             row.delete()
-        return row is not None
+        return
     row = row or Budget(gateway_key=key)
     window = window or row.window
     if row.pk and (row.amount, row.window) == (amount, window):
-        return False
+        return
     row.amount, row.window = amount, window
     row.full_clean()
     row.save()
-    return True
