@@ -403,6 +403,7 @@ SPECTACULAR_SETTINGS = {
         "ProbeStatus": "providers.models.health.Status",
         "Verdict": "providers.models.health.Verdict",
         "Purpose": "providers.models.active.Purpose",
+        "Window": "proxy.models.budgets.Window",
         "Kind": "providers.api.serializers.ALL_KINDS",
         "ServerKind": "providers.api.serializers.SERVER_KINDS",
     },
