@@ -19,7 +19,7 @@ from proxy.errors import UsageLogUnavailable
 from proxy.inflight import Running
 from proxy.limits import Held
 from proxy.selection import Plan
-from proxy.spool import Final, Spool, SpoolUnavailable, new_attempt_id
+from proxy.spool import Final, Spool, SpoolUnavailable, Start, new_attempt_id
 
 BYTES_PER_TOKEN = 4
 """A rough count where the provider gave none; such records say `estimated`."""
@@ -64,29 +64,27 @@ class Attempt:
 
     def __enter__(self) -> Self:
         call, candidate = self.call, self.candidate
-        accounts = call.hold.accounts(candidate.upstream.id)
-        charged: Any = {"budgets": accounts} if accounts else {}
+        record: Start = {
+            "id": self.id,
+            "request_id": call.running.request_id,
+            "attempt": self.number,
+            "created_at": time.time_ns() // 1_000_000,
+            "gateway_key_id": call.running.caller.id,
+            "gateway_key": call.running.caller.name,
+            "owner": call.running.caller.owner,
+            "route": call.plan.route,
+            "provider_id": candidate.upstream.id,
+            "provider": candidate.upstream.slug,
+            "api_key_id": candidate.credential.key_id if candidate.credential else None,
+            "requested_model": call.plan.requested,
+            "model": candidate.model,
+            "purpose": call.purpose,
+            "stream": call.chat.stream,
+        }
+        if accounts := call.hold.accounts(candidate.upstream.id):
+            record["budgets"] = accounts
         try:
-            self.spool.start(
-                {
-                    **charged,
-                    "id": self.id,
-                    "request_id": call.running.request_id,
-                    "attempt": self.number,
-                    "created_at": time.time_ns() // 1_000_000,
-                    "gateway_key_id": call.running.caller.id,
-                    "gateway_key": call.running.caller.name,
-                    "owner": call.running.caller.owner,
-                    "route": call.plan.route,
-                    "provider_id": candidate.upstream.id,
-                    "provider": candidate.upstream.slug,
-                    "api_key_id": candidate.credential.key_id if candidate.credential else None,
-                    "requested_model": call.plan.requested,
-                    "model": candidate.model,
-                    "purpose": call.purpose,
-                    "stream": call.chat.stream,
-                }
-            )
+            self.spool.start(record)
         except SpoolUnavailable as error:
             raise UsageLogUnavailable from error
         return self

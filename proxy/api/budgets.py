@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from django.contrib.auth import get_user_model
 from django.contrib.auth.models import Group
-from django.db.models import Q, QuerySet
+from django.db.models import Manager, Q, QuerySet
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 from rest_framework.fields import empty
@@ -42,8 +42,8 @@ class UsdField(serializers.DecimalField):
 class SubjectField(serializers.Field[Any, Any, Any, Any]):
     """Whom a budget is of: a name, for which the id is accepted too."""
 
-    def __init__(self, queryset: QuerySet[Any], name: str, **kwargs: Any) -> None:
-        self._rows, self._name = queryset, name
+    def __init__(self, rows: Manager[Any], name: str, **kwargs: Any) -> None:
+        self._rows, self._name = rows, name
         super().__init__(required=False, allow_null=True, **kwargs)
 
     def to_representation(self, value: Any) -> Any:
@@ -54,7 +54,7 @@ class SubjectField(serializers.Field[Any, Any, Any, Any]):
         condition = Q(**{self._name: text}) if self._name != "pk" else Q(pk=None)
         if text.isascii() and text.isdigit() and len(text) <= 18:
             condition = Q(pk=int(text))
-        found = self._rows.all().filter(condition).first() if text and "\0" not in text else None
+        found = self._rows.filter(condition).first() if text and "\0" not in text else None
         if found is None:
             raise serializers.ValidationError("There is none of this name or id.")
         return found
