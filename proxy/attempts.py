@@ -145,6 +145,9 @@ class Attempt:
         }
         if granted := self.call.hold.settle(self.candidate.upstream.id, cost or 0):
             record["grants"] = granted
+        if status == "success":
+            # Now and not when the block is left, so that the caller's next request finds it free.
+            self.call.hold.release()
         self.spool.finish(record)
         if self.accepted:
             self.call.held.correct(usage.prompt + usage.completion)
