@@ -131,7 +131,7 @@ class Budget(Versioned):
     def clean(self) -> None:
         if sum(getattr(self, f"{name}_id") is not None for name in SUBJECTS) != 1:
             raise ValidationError("A budget is of exactly one: a gateway key, a user, a team or a provider.")
-        if self.team is not None and self.team.name in set(Role):
+        if getattr(self.team, "name", "") in set(Role):
             raise ValidationError({"team": "This group is a role, not a team."})
 
     def audit_identity(self) -> Identity:
