@@ -47,6 +47,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         "owner_limits": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ, Role.MEMBER: _READ},
         "texts": {},
+        "budgets": {Role.VIEWER: _READ, Role.OPERATOR: _READ, Role.MEMBER: _READ},
         "audit": {Role.OPERATOR: _READ},
         "key_stores": {},
         "allow_private": {},
@@ -74,6 +75,7 @@ MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "owner_limits": ("proxy.ownerlimits",),
         "usage": ("proxy.usagerecord", "proxy.usagehour"),
         "texts": ("proxy.textrecord",),
+        "budgets": ("proxy.budget", "proxy.budgetaccount"),
         "audit": ("audit.entry",),
     }
 )
@@ -90,6 +92,8 @@ WRITTEN_BY_NOBODY: Final = frozenset(
         "providers.provideruse",
         "providers.jobrun",
         "proxy.gatewaykeyuse",
+        "proxy.budgetaccount",
+        "proxy.budgetgrant",
         "proxy.pricelist",
         "proxy.usagehour",
         "proxy.usagerecord",

@@ -10,6 +10,7 @@ from config.api_health import HealthView
 from providers.api.active import Active
 from providers.api.api_keys import ApiKeys
 from providers.api.views import Servers, VendorsAndServers
+from proxy.api.budgets import Budgets
 from proxy.api.gateway_keys import GatewayKeys
 from proxy.api.model_routes import ModelRoutes
 from proxy.api.owners import OwnersLimits
@@ -48,6 +49,7 @@ router.register("providers", VendorsAndServers, basename="provider")
 router.register("api-keys", ApiKeys, basename="api-key")
 router.register("model-routes", ModelRoutes, basename="model-route")
 router.register("prices", Prices, basename="price")
+router.register("budgets", Budgets, basename="budget")
 router.register("gateway-keys", GatewayKeys, basename="gateway-key")
 router.register("owner-limits", OwnersLimits, basename="owner-limits")
 router.register("usage", Usage, basename="usage")

@@ -407,6 +407,7 @@ SPECTACULAR_SETTINGS = {
         "ProbeStatus": "providers.models.health.Status",
         "Verdict": "providers.models.health.Verdict",
         "Purpose": "providers.models.active.Purpose",
+        "Window": "proxy.models.budgets.Window",
         "Kind": "providers.api.serializers.ALL_KINDS",
         "ServerKind": "providers.api.serializers.SERVER_KINDS",
     },
@@ -454,6 +455,7 @@ AUDIT_WATCH = [
     "proxy.ModelRoute",
     "proxy.OwnerLimits",
     "proxy.RouteNode",
+    "proxy.Budget",
     "proxy.ModelPrice",
 ]
 AUDIT_ANCHOR_FILE = DATA_DIR / "audit-head.log"

@@ -85,6 +85,7 @@ UNFOLD: dict[str, Any] = {
                 "items": [
                     _page("Gateway keys", "vpn_key", "proxy.gatewaykey"),
                     _page("Limits of owners", "speed", "proxy.ownerlimits"),
+                    _page("Budgets", "savings", "proxy.budget"),
                 ],
             },
             {

@@ -12,6 +12,7 @@ from providers.client import Dial
 from providers.errors import Interrupted, ProviderError, Stalled
 from providers.wire import Usage
 from proxy import estimates, metrics
+from proxy.budgets import NOTHING, Hold
 from proxy.candidates import Candidate
 from proxy.dialects.openai import ChatRequest
 from proxy.errors import UsageLogUnavailable
@@ -19,7 +20,7 @@ from proxy.inflight import Running
 from proxy.limits import UNLIMITED, Held
 from proxy.pricing import Price
 from proxy.selection import Plan
-from proxy.spool import Final, Spool, SpoolUnavailable, new_attempt_id
+from proxy.spool import Final, Spool, SpoolUnavailable, Start, new_attempt_id
 
 BYTES_PER_TOKEN = 4
 """A rough count of what is not read yet, for the limits."""
@@ -27,7 +28,7 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request of a caller, ready to be sent. `held` is what it takes of the limits of its key and owner.
+    """One request of a caller, ready to be sent. `held` is what it takes of the limits of its key and owner, `hold` of budgets.
 
     tokens: of all its attempts so far. resume: whether a stream that breaks is gone on with. journal: its attempts so far, as each record tells them.
     cache: `hit` or `miss`, where its key keeps answers. last: the attempt that began last.
@@ -42,6 +43,7 @@ class Call:
     config_version: int
     resume: bool = False
     tokens: int = 0
+    hold: Hold = NOTHING
     journal: list[dict[str, Any]] = field(default_factory=list)
     cache: str = ""
     last: Attempt | None = None
@@ -79,26 +81,27 @@ class Attempt:
 
     def __enter__(self) -> Self:
         call, candidate = self.call, self.candidate
+        record: Start = {
+            "id": self.id,
+            "request_id": call.running.request_id,
+            "attempt": self.number,
+            "created_at": time.time_ns() // 1_000_000,
+            "gateway_key_id": call.running.caller.id,
+            "gateway_key": call.running.caller.name,
+            "owner": call.running.caller.owner,
+            "route": call.plan.route,
+            "provider_id": candidate.upstream.id,
+            "provider": candidate.upstream.slug,
+            "api_key_id": candidate.credential.key_id if candidate.credential else None,
+            "requested_model": call.plan.requested,
+            "model": candidate.model,
+            "purpose": call.purpose,
+            "stream": call.chat.stream,
+        }
+        if accounts := call.hold.accounts(candidate.upstream.id):
+            record["budgets"] = accounts
         try:
-            self.spool.start(
-                {
-                    "id": self.id,
-                    "request_id": call.running.request_id,
-                    "attempt": self.number,
-                    "created_at": time.time_ns() // 1_000_000,
-                    "gateway_key_id": call.running.caller.id,
-                    "gateway_key": call.running.caller.name,
-                    "owner": call.running.caller.owner,
-                    "route": call.plan.route,
-                    "provider_id": candidate.upstream.id,
-                    "provider": candidate.upstream.slug,
-                    "api_key_id": candidate.credential.key_id if candidate.credential else None,
-                    "requested_model": call.plan.requested,
-                    "model": candidate.model,
-                    "purpose": call.purpose,
-                    "stream": call.chat.stream,
-                }
-            )
+            self.spool.start(record)
         except SpoolUnavailable as error:
             raise UsageLogUnavailable from error
         call.last = self
@@ -158,6 +161,11 @@ class Attempt:
             "client_disconnected": client_disconnected,
             "trace": self._trace(error_code or status, total),
         }
+        if granted := self.call.hold.settle(self.candidate.upstream.id, cost or 0):
+            record["grants"] = granted
+        if status == "success":
+            # Now and not when the block is left, so that the caller's next request finds it free.
+            self.call.hold.release()
         self.spool.finish(record)
         if self.accepted:
             self._correct(usage.prompt + usage.completion)
@@ -188,8 +196,12 @@ class Attempt:
                 "total": total,
             }
         )
-        trace = {"candidates": call.plan.trace, "attempts": call.journal}
-        return {**trace, "cache": call.cache} if call.cache else trace
+        trace: dict[str, Any] = {"candidates": call.plan.trace, "attempts": call.journal}
+        if accounts := call.hold.accounts(self.candidate.upstream.id):
+            trace["budgets"] = [account.budget_id for account in accounts]
+        if call.cache:
+            trace["cache"] = call.cache
+        return trace
 
     def counted(self) -> tuple[Usage, str]:
         """What the provider said; else an estimate, if it took the request at all (F14)."""

@@ -35,7 +35,7 @@ class Caller:
     owner: as records and the API write it, `alice` or `team:ml`; nothing of a key that is nobody's. user_id, team_id: the
     owner's, of which there is one at the most. owner_quota: what all keys of the owner may do together.
     scopes: what its requests are counted for, the key before its owner.
-    cache_scope: who shares its cached answers, and since when.
+    cache_scope: who shares its cached answers, and since when. budgets: ids of those that its requests are held against.
     """
 
     id: int
@@ -52,6 +52,7 @@ class Caller:
     tokens_per_minute: int | None = None
     max_concurrency: int | None = None
     resume: bool | None = None
+    budgets: tuple[int, ...] = ()
     allowed_models: tuple[str, ...] = ()
     allowed_networks: tuple[Network, ...] = ()
     user_id: int | None = None

@@ -3,6 +3,7 @@
 GatewayError
 ├── InvalidRequest          400; InvalidJson, ContextTooLong
 ├── InvalidApiKey           401
+├── PaymentRequired         402: BudgetExceeded, PriceUnknown
 ├── AddressNotAllowed       403 by address
 ├── ModelNotAllowed         403 by the key's scope
 ├── NotFound                404; ModelNotFound
@@ -10,7 +11,7 @@ GatewayError
 ├── RequestTooLarge         413
 ├── UnsupportedMediaType    415
 ├── RateLimited             429; ConcurrencyLimited, UpstreamsLimited
-└── Unavailable             503: NoProviderAvailable, UsageLogUnavailable, ShuttingDown, Overloaded, KeyRevoked (in a stream)
+└── Unavailable             503: NoProviderAvailable, UsageLogUnavailable, BudgetUnavailable, ShuttingDown, Overloaded, KeyRevoked (in a stream)
 """
 
 from __future__ import annotations
@@ -61,6 +62,25 @@ class InvalidApiKey(GatewayError):
     status = 401
     code = "invalid_api_key"
     message = "The gateway key is missing, unknown, revoked or expired."
+
+
+class PaymentRequired(GatewayError):
+    """Clients must not try again by themselves: nothing changes before a person or a new window does."""
+
+    status = 402
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, headers=((b"x-should-retry", b"false"),))
+
+
+class BudgetExceeded(PaymentRequired):
+    code = "budget_exceeded"
+    message = "This request could cost more than is left of the budget."
+
+
+class PriceUnknown(PaymentRequired):
+    code = "price_unknown"
+    message = "What this model costs is not known, and there is a budget to keep."
 
 
 class AddressNotAllowed(GatewayError):
@@ -151,6 +171,12 @@ class CredentialMissing(Unavailable):
 class UsageLogUnavailable(Unavailable):
     code = "usage_log_unavailable"
     message = "The usage of this request could not be recorded, so it was not sent."
+
+
+class BudgetUnavailable(Unavailable):
+    code = "budget_unavailable"
+    message = "What is left of the budget cannot be asked for now, so the request was not sent."
+    wait = 2
 
 
 class ConfigurationUnavailable(Unavailable):

@@ -18,6 +18,7 @@ from proxy.breaker import Breakers
 from proxy.cache import Cache
 from proxy.candidates import Conditions
 from proxy.cooldown import Cooldowns
+from proxy.grants import Grants
 from proxy.grapevine import Grapevine, Hearsay
 from proxy.inflight import REGISTRY, Registry
 from proxy.journey import RetryBudget
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """watcher: configuration and weather. sessions: connections to providers. spool: the usage log on disk.
 
-    breakers, cache, cooldowns, retries, routes, limits, registry: as their modules say.
+    breakers, cache, cooldowns, retries, routes, limits, grants, registry: as their modules say.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Gateway:
     def _make(self) -> None:
         """What belongs to one process: a worker is forked after this module was imported, and makes its own."""
         self.spool = Spool(self._spool_dir)
+        self.grants = Grants(self.spool.worker)
         self.limits = Limits(self._redis_url, workers=self._workers)
         self.cache = Cache(self.limits.link, workers=self._workers)
         self.breakers = Breakers()
@@ -100,6 +102,7 @@ class Gateway:
         await asyncio.to_thread(self.watcher.stop)
         self.watcher.swap, self.watcher.opened = lambda: None, dict
         self.grapevine.close()
+        await self.grants.close()
         await asyncio.to_thread(self.spool.close)
 
     async def _sweep(self) -> None:
@@ -109,6 +112,7 @@ class Gateway:
             try:
                 self.registry.sweep(self._is_good)
                 self.overload.measure()
+                self.grants.sweep()
                 await self.limits.sweep()
                 metrics.weather(self)
             except Exception:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from proxy import cache, relay, texts
+from collections.abc import Awaitable, Callable
+
+from proxy import cache, texts
 from proxy.attempts import Attempt, Call
 from proxy.auth import RawHeaders
 from proxy.cache import Found
@@ -10,9 +12,12 @@ from proxy.copies import Copy
 from proxy.gateway import Gateway
 from proxy.relay import Sink
 
+Send = Callable[[Sink], Awaitable[None]]
+"""Has the request answered by a provider."""
 
-async def run(gateway: Gateway, call: Call, headers: RawHeaders, sink: Sink) -> None:
-    """As `relay.run`, but answered from the cache where that has the answer, and with a copy for those who keep one.
+
+async def run(gateway: Gateway, call: Call, headers: RawHeaders, sink: Sink, send: Send) -> None:
+    """As `send`, but answered from the cache where that has the answer, and with a copy for those who keep one.
 
     Two that ask the same at the same time both go to a provider, and the later answer stays.
     """
@@ -31,7 +36,7 @@ async def run(gateway: Gateway, call: Call, headers: RawHeaders, sink: Sink) -> 
         if found is not None:
             await _replay(gateway, call, found, copy)
         else:
-            await relay.run(gateway, call, copy)
+            await send(copy)
             _keep(gateway, call, slot, copy)
     finally:
         if caller.record_text and call.last is not None:

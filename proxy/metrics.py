@@ -53,6 +53,11 @@ PRICE_LIST_BROKEN = Gauge(
     "1 while the price list cannot be used and prices stay as they were.",
     multiprocess_mode="livemax",
 )
+BUDGETS_WARNED = Gauge(
+    "penstock_budgets_warned",
+    "Budgets that have reached the percentage at which they warn.",
+    multiprocess_mode="livemax",
+)
 
 
 def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage, cost: int | None) -> None:
@@ -85,3 +90,4 @@ def weather(gateway: Gateway) -> None:
     SHEDDING.set(gateway.overload.shedding)
     CIRCUITS_OPEN.set(len(gateway.breakers.open()))
     PRICE_LIST_BROKEN.set(gateway.watcher.snapshot.price_list_broken)
+    BUDGETS_WARNED.set(gateway.watcher.weather.budgets_warned)

@@ -113,7 +113,7 @@ def needs_of(body: Mapping[str, Any]) -> Needs:
             size += _size(part)
     return Needs(
         prompt_bytes=size,
-        max_tokens=_limit(body),
+        max_tokens=completion_limit(body),
         tools=bool(body.get("tools") or body.get("functions")),
         vision=images,
         json_schema=_is_schema(body.get("response_format")),
@@ -126,9 +126,16 @@ def _size(text: Any) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def _limit(body: Mapping[str, Any]) -> int:
+def completion_limit(body: Mapping[str, Any]) -> int:
+    """The completion tokens that a request asks for at most; 0 when it does not say."""
     given = (body.get("max_completion_tokens"), body.get("max_tokens"))
     return next((n for n in given if isinstance(n, int) and not isinstance(n, bool) and n > 0), 0)
+
+
+def choices(body: Mapping[str, Any]) -> int:
+    """How many answers a request asks for."""
+    n = body.get("n")
+    return n if isinstance(n, int) and not isinstance(n, bool) and n > 1 else 1
 
 
 def _is_schema(value: Any) -> bool:

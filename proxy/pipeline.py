@@ -1,6 +1,7 @@
 """The hot path of a request, as ordered steps; each step is explained where it lives.
 
-Nothing here waits for anything but the caller's body, one Redis script when the key has limits, and the provider.
+Nothing here waits for anything but the caller's body, one Redis script when the key has limits, the provider,
+and the database only where what was granted of a budget is not enough.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from typing import Protocol
 from django.conf import settings
 
 from audit.strict_json import StrictJSONError, loads
-from proxy import auth, keeping, relay, selection
+from proxy import auth, budgets, keeping, relay, selection
 from proxy.attempts import BYTES_PER_TOKEN, Call
 from proxy.auth import Caller, RawHeaders
+from proxy.budgets import NOTHING, Asked, Hold
 from proxy.dialects import openai
 from proxy.errors import ConfigurationUnavailable, InvalidApiKey, InvalidJson
 from proxy.gateway import Gateway
 from proxy.inflight import Running
 from proxy.limits import Held
-from proxy.needs import needs_of
+from proxy.needs import choices, completion_limit, needs_of
 from proxy.relay import Sink
 from proxy.resume import may_resume
 from proxy.selection import Plan
+from proxy.snapshot import Snapshot
 
 
 class Request(Protocol):
@@ -54,11 +57,13 @@ async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
         ) as held:
             body = await request.body()
             async with request.left(running):
-                call = prepare(gateway, request, running, held, body)
+                snapshot = gateway.watcher.snapshot
+                call = prepare(gateway, snapshot, request, running, held, body)
+                send = functools.partial(within_budget, gateway, snapshot, call)
                 if caller.keeps:
-                    await keeping.run(gateway, call, request.headers, sink)
+                    await keeping.run(gateway, call, request.headers, sink, send)
                 else:
-                    await relay.run(gateway, call, sink)
+                    await send(sink)
     except asyncio.CancelledError:
         if running.ending is None:
             raise
@@ -86,13 +91,14 @@ def admit(gateway: Gateway, request: Request) -> Caller:
     return caller
 
 
-def prepare(gateway: Gateway, request: Request, running: Running, held: Held, body: bytes) -> Call:
+def prepare(
+    gateway: Gateway, snapshot: Snapshot, request: Request, running: Running, held: Held, body: bytes
+) -> Call:
     """400, then 404 and 403 by model: the request understood, and its candidates in order."""
     try:
         chat = openai.chat_request(loads(body))
     except StrictJSONError as error:
         raise InvalidJson(str(error)) from error
-    snapshot = gateway.watcher.snapshot
     plan = selection.plan(
         snapshot,
         gateway.conditions(),
@@ -105,6 +111,22 @@ def prepare(gateway: Gateway, request: Request, running: Running, held: Held, bo
     )
     resume = chat.stream and _resumes(request, running.caller, plan) and may_resume(chat.body)
     return Call(running, held, "chat", chat, len(body), plan, snapshot.version, resume)
+
+
+async def within_budget(gateway: Gateway, snapshot: Snapshot, call: Call, sink: Sink) -> None:
+    with await hold(gateway, snapshot, call) if snapshot.budgets else NOTHING:
+        await relay.run(gateway, call, sink)
+
+
+async def hold(gateway: Gateway, snapshot: Snapshot, call: Call) -> Hold:
+    """402: what the request may cost is held until the block ends, and candidates that the budgets do not allow are left out."""
+    body, plan = call.chat.body, call.plan
+    asked = Asked(call.body_bytes, completion_limit(body), choices(body))
+    call.hold = await budgets.hold(
+        gateway.grants, snapshot, call.running.caller.budgets, plan.candidates, asked
+    )
+    call.plan = plan._replace(candidates=call.hold.candidates, trace=(*plan.trace, *call.hold.left_out))
+    return call.hold
 
 
 def _resumes(request: Request, caller: Caller, plan: Plan) -> bool:

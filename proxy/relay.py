@@ -23,6 +23,7 @@ from proxy.errors import RateLimited
 from proxy.gateway import Gateway
 from proxy.journey import Journey
 from proxy.limits import Held
+from proxy.needs import choices
 from proxy.outcomes import Noted
 from proxy.patience import Patience
 from proxy.reading import AnswerReader
@@ -153,7 +154,7 @@ def _question(attempt: Attempt, resumption: Resumption | None) -> tuple[Mapping[
     request, chat = attempt.call.chat, _chat(attempt.candidate)
     if resumption is None:
         return request.body, AnswerReader(
-            chat, choices=_choices(request.body), wants_usage=request.wants_usage
+            chat, choices=choices(request.body), wants_usage=request.wants_usage
         )
     way = resumption.ways(chat, attempt.candidate.full_name)[0]
     return resumption.body(chat, way, attempt.candidate.full_name), resumption.reader(
@@ -248,11 +249,6 @@ def _chat(candidate: Candidate) -> Chat:
     chat = candidate.upstream.kind.chat
     assert chat is not None, "selection only proposes upstreams that can chat"
     return chat
-
-
-def _choices(body: object) -> int:
-    n = body.get("n") if isinstance(body, dict) else None
-    return n if isinstance(n, int) and not isinstance(n, bool) and n > 1 else 1
 
 
 def _in_stream(error: ProviderError) -> ProviderError:

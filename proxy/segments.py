@@ -20,9 +20,9 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import orjson
 
@@ -36,7 +36,10 @@ MAX_TEXT = 512
 
 
 class Start(TypedDict):
-    """What is known before dialling. created_at is Unix time in milliseconds; ids are those of rows, or None."""
+    """What is known before dialling. created_at is Unix time in milliseconds; ids are those of rows, or None.
+
+    budgets: the accounts that the attempt is charged to: (id of the budget, window, when that began in Unix time).
+    """
 
     id: str
     request_id: str
@@ -53,10 +56,14 @@ class Start(TypedDict):
     model: str
     purpose: str
     stream: bool
+    budgets: NotRequired[Sequence[tuple[int, str, int]]]
 
 
 class Final(TypedDict, total=False):
-    """How an attempt ended; only `id` and `status` must be there. Times are milliseconds, tokens and bytes are counts."""
+    """How an attempt ended; only `id` and `status` must be there. Times are milliseconds, tokens and bytes are counts.
+
+    grants: for each of the start's `budgets`, how much of the cost came out of what this worker was granted; nano-dollars.
+    """
 
     id: str
     status: str
@@ -74,6 +81,7 @@ class Final(TypedDict, total=False):
     duration_ms: int | None
     bytes_out: int
     client_disconnected: bool
+    grants: Sequence[int]
     trace: Any
 
 

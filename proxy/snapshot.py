@@ -28,15 +28,24 @@ from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
 from providers.wire import Credential, Endpoint, Kind, Purpose, Quota, origin_of
 from proxy import prices as price_table
 from proxy.auth import Caller
-from proxy.models import GatewayKey, ModelRoute, OwnerLimits, PriceList, RouteNode
+from proxy.models import Budget, GatewayKey, ModelRoute, OwnerLimits, PriceList, RouteNode
 from proxy.needs import UNKNOWN, ModelFacts
 from proxy.owners import text_of
 from proxy.price_book import PriceBook
 from proxy.price_source import vendor_of
 from proxy.pricing import Price
+from proxy.purses import Allowance
 from proxy.strategies import Node, Route
 
 logger = logging.getLogger(__name__)
+
+OF = {
+    "gateway_key": "this key",
+    "user": "this key's owner",
+    "team": "this key's team",
+    "provider": "the provider",
+}
+"""Whose a budget is, in the words of an error."""
 
 Row = TypeVar("Row", bound=Model)
 Made = TypeVar("Made")
@@ -44,7 +53,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """An enabled provider: how to talk to it, and with which keys (default first)."""
+    """An enabled provider: how to talk to it, and with which keys (default first). budget: the id of its own, if it has one."""
 
     endpoint: Endpoint
     kind: Kind
@@ -52,6 +61,7 @@ class Upstream:
     purposes: frozenset[str]
     credentials: tuple[Credential, ...]
     models: tuple[str, ...]
+    budget: int | None = None
 
     @property
     def id(self) -> int:
@@ -91,6 +101,7 @@ class Snapshot:
     facts: Mapping[tuple[int, str], ModelFacts] = field(default_factory=dict)
     active: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     routes: Mapping[str, Route] = field(default_factory=dict)
+    budgets: Mapping[int, Allowance] = field(default_factory=dict)
     prices: PriceBook = field(default_factory=PriceBook)
     price_list_broken: bool = False
     standings: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
@@ -125,10 +136,11 @@ def build() -> Snapshot:
     with _one_consistent_read():
         version = Head.objects.values_list("seq", flat=True).get(pk=1)
         _refresh_keyring()
-        callers = {caller.key_id: caller for caller in _callers()}
+        budgets = list(Budget.objects.all())
+        callers = {caller.key_id: caller for caller in _callers(_by_subject(budgets))}
         credentials = _credentials()
         models = _models()
-        upstreams = {each.id: each for each in _upstreams(credentials, models)}
+        upstreams = {each.id: each for each in _upstreams(credentials, models, _by_subject(budgets))}
         active = _active()
         routes = {route.name: route for route in _routes()}
         prices = price_table.book({each.vendor for each in upstreams.values()}, upstreams.keys())
@@ -147,6 +159,7 @@ def build() -> Snapshot:
         },
         active=active,
         routes=routes,
+        budgets={row.pk: Allowance(row.pk, OF[row.subject_kind], row.window, row.hard) for row in budgets},
         prices=prices,
         price_list_broken=price_list_broken,
     )
@@ -190,12 +203,31 @@ def _readable(rows: Iterable[Row], make: Callable[[Row], Made]) -> Iterator[Made
             logger.warning("left out %s %s: %s", row._meta.label, row.pk, type(error).__name__)
 
 
-def _callers() -> Iterator[Caller]:
+def _by_subject(rows: Iterable[Budget]) -> Mapping[tuple[str, int], int]:
+    """(column of Budget, id of the key, user, team or provider) to the id of its budget."""
+    return {(row.subject_kind, getattr(row, f"{row.subject_kind}_id")): row.pk for row in rows}
+
+
+def _callers(budgets: Mapping[tuple[str, int], int]) -> Iterator[Caller]:
     rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner", "team")
     good = (row for row in rows.iterator() if row.owner is None or row.owner.is_active)
     quotas = {(row.owner_id, row.team_id): row.quota() for row in OwnerLimits.objects.all()}
     emptied = _caches_emptied()
-    return _readable(good, lambda row: _caller(row, quotas.get((row.owner_id, row.team_id)), emptied))
+
+    def make(row: GatewayKey) -> Caller:
+        return _caller(
+            row, quotas.get((row.owner_id, row.team_id)), emptied=emptied, budgets=_budgets_of(row, budgets)
+        )
+
+    return _readable(good, make)
+
+
+def _budgets_of(row: GatewayKey, budgets: Mapping[tuple[str, int], int]) -> tuple[int, ...]:
+    """The budgets that all requests of a key are held against: its own, its owner's, its team's."""
+    if not budgets:
+        return ()
+    subjects = (("gateway_key", row.pk), ("user", row.owner_id), ("team", row.team_id))
+    return tuple(budgets[each] for each in subjects if each in budgets)
 
 
 def _caches_emptied() -> Mapping[str, datetime]:
@@ -211,7 +243,9 @@ def _scope(row: GatewayKey) -> str:
     return f"key:{row.key_id}" if row.owner_id is None else f"user:{row.owner_id}"
 
 
-def _caller(row: GatewayKey, owner_quota: Quota | None, emptied: Mapping[str, datetime]) -> Caller:
+def _caller(
+    row: GatewayKey, owner_quota: Quota | None, *, emptied: Mapping[str, datetime], budgets: tuple[int, ...]
+) -> Caller:
     scope = _scope(row)
     return Caller(
         id=row.pk,
@@ -228,6 +262,7 @@ def _caller(row: GatewayKey, owner_quota: Quota | None, emptied: Mapping[str, da
         tokens_per_minute=row.tokens_per_minute,
         max_concurrency=row.max_concurrency,
         resume=row.resume_streams,
+        budgets=budgets,
         allowed_models=tuple(_texts(row.allowed_models)),
         allowed_networks=tuple(ipaddress.ip_network(each) for each in _texts(row.allowed_networks)),
         user_id=row.owner_id,
@@ -274,7 +309,9 @@ def _words(value: object) -> frozenset[str]:
 
 
 def _upstreams(
-    credentials: Mapping[int, list[Credential]], models: Mapping[int, list[tuple[str, ModelFacts]]]
+    credentials: Mapping[int, list[Credential]],
+    models: Mapping[int, list[tuple[str, ModelFacts]]],
+    budgets: Mapping[tuple[str, int], int],
 ) -> Iterator[Upstream]:
     def make(provider: Provider) -> Upstream:
         endpoint = provider.endpoint()
@@ -286,6 +323,7 @@ def _upstreams(
             purposes=frozenset(_purposes(provider)),
             credentials=tuple(credentials.get(provider.pk, ())),
             models=tuple(name for name, _ in models.get(provider.pk, ())),
+            budget=budgets.get(("provider", provider.pk)),
         )
 
     return _readable(Provider.objects.filter(enabled=True).iterator(), make)

@@ -11,7 +11,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator
+import uuid
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -21,7 +22,7 @@ from typing import Any
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connection, transaction
 from django.utils import timezone
 
-from proxy import key_use, segments, texts, usage_hours
+from proxy import budget_accounts, key_use, segments, texts, usage_hours
 from proxy.models.usage import SpoolSegment, UsageStatus
 from proxy.usage_rows import Row, insert, usage_row
 
@@ -136,6 +137,7 @@ def _one_pass(directory: Path, stop: threading.Event | None = None) -> DrainRepo
             report += one
         if report.segments:
             _forget_old_names()
+            budget_accounts.release_lost()
     except (DatabaseError, InterfaceError) as error:
         _drop_connections()
         raise UsageStoreUnavailable(str(error).strip() or type(error).__name__) from error
@@ -168,7 +170,7 @@ def _drain_segment(directory: Path, worker: str, number: int) -> DrainReport:
         records = list(contents.finals.values())
         unfinished = list(contents.open_starts.values()) if abandoned else []
         records += [{**start, "status": UsageStatus.INTERRUPTED} for start in unfinished]
-        rejected = _insert(path.name, records, contents.texts.values())
+        rejected = _insert(path.name, worker, records, contents.texts.values(), last=abandoned)
         if rejected:
             path.rename(path.with_name(path.name + REJECTED))
         else:
@@ -176,27 +178,45 @@ def _drain_segment(directory: Path, worker: str, number: int) -> DrainReport:
     return DrainReport(1, len(records) - rejected, len(unfinished), contents.corrupt, rejected)
 
 
-def _insert(name: str, records: list[dict[str, Any]], kept: Collection[dict[str, Any]]) -> int:
-    """Insert records, the texts that belong to them and the segment's name in one transaction; how many records were rejected."""
-    rows = [row for row in map(usage_row, records) if row is not None]
+def _insert(
+    name: str, worker: str, records: list[dict[str, Any]], kept: Collection[dict[str, Any]], *, last: bool
+) -> int:
+    """Insert records, the texts that belong to them and the segment's name in one transaction; how many records were rejected.
+
+    last: nothing will follow of this worker.
+    """
+    pairs = [(row, record) for record in records if (row := usage_row(record)) is not None]
+    rows, sources = [row for row, _ in pairs], {row["id"]: record for row, record in pairs}
     unusable = len(records) - len(rows)
     if not records and not kept:
+        if last:
+            budget_accounts.release(worker)
         return 0
     try:
         with transaction.atomic():
             SpoolSegment.objects.create(name=name, drained_at=timezone.now(), records=len(rows))
             new = [row for first in range(0, len(rows), BATCH) for row in insert(rows[first : first + BATCH])]
-            _count(new)
+            _book(worker, new, sources)
             texts.insert(kept)
+            if last:
+                budget_accounts.release(worker)
     except (DataError, IntegrityError, ValueError) as error:
         if SpoolSegment.objects.filter(name=name).exists():
             return 0  # somebody else inserted it between our question and our answer
         logger.error("spool segment %s is inserted row by row: %s", name, type(error).__name__)
-        return unusable + _insert_singly(name, rows, kept)
+        return unusable + _insert_singly(name, worker, rows, sources, kept, last=last)
     return unusable
 
 
-def _insert_singly(name: str, rows: list[Row], kept: Collection[dict[str, Any]]) -> int:
+def _insert_singly(
+    name: str,
+    worker: str,
+    rows: list[Row],
+    sources: Mapping[uuid.UUID, Mapping[str, Any]],
+    kept: Collection[dict[str, Any]],
+    *,
+    last: bool,
+) -> int:
     """The slow way for a segment with a row that the database does not take: one bad row must not hold up the others."""
     rejected = 0
     with transaction.atomic():
@@ -204,18 +224,22 @@ def _insert_singly(name: str, rows: list[Row], kept: Collection[dict[str, Any]])
         for row in rows:
             try:
                 with transaction.atomic():
-                    _count(insert([row]))
+                    _book(worker, insert([row]), sources)
             except (DataError, IntegrityError, ValueError):
                 rejected += 1
                 logger.exception("usage record %s was rejected", row["id"])
         texts.insert(kept)
+        if last:
+            budget_accounts.release(worker)
     return rejected
 
 
-def _count(new: list[Row]) -> None:
-    """Add new rows to all sums; once for a whole transaction, so that two drainers lock the sums in the same order."""
+def _book(worker: str, new: list[Row], sources: Mapping[uuid.UUID, Mapping[str, Any]]) -> None:
+    """Add new rows to all sums and charge them to their budgets; once for a whole transaction, so that two drainers lock
+    the sums in the same order."""
     key_use.count(new)
     usage_hours.count(new)
+    budget_accounts.charge(worker, new, sources)
 
 
 def _clear_rubbish(directory: Path) -> None:

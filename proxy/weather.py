@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from providers.models import JobRun, KeyUse, ProviderHealth
+from proxy.models.budgets import warned
 
 BEAT_JOB = "probe_due"
 
@@ -16,12 +17,14 @@ class Weather:
     """down: providers that routing avoids, with the reason. overridden: those a person took out.
 
     rejected: keys that their provider refused. beat_tick: epoch seconds of the last tick of the scheduler, or None.
+    budgets_warned: how many budgets have reached the percentage at which they warn.
     """
 
     down: Mapping[int, str] = field(default_factory=dict)
     overridden: frozenset[int] = frozenset()
     rejected: frozenset[int] = frozenset()
     beat_tick: float | None = None
+    budgets_warned: int = 0
     read_at: float = 0.0
 
 
@@ -38,5 +41,6 @@ def read() -> Weather:
         overridden=frozenset(overridden),
         rejected=frozenset(KeyUse.objects.exclude(rejected_at=None).values_list("api_key_id", flat=True)),
         beat_tick=tick.timestamp() if tick else None,
+        budgets_warned=warned().count(),
         read_at=time.time(),
     )

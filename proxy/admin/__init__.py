@@ -1,5 +1,5 @@
-"""The admin pages of gateway keys, their owners' limits, model routes, prices and usage, and the start page."""
+"""The admin pages of gateway keys, their owners' limits, budgets, model routes, prices and usage, and the start page."""
 
-from proxy.admin import keys, owners, prices, routes, usage
+from proxy.admin import budgets, keys, owners, prices, routes, usage
 
-__all__ = ["keys", "owners", "prices", "routes", "usage"]
+__all__ = ["budgets", "keys", "owners", "prices", "routes", "usage"]

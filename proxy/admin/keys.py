@@ -21,15 +21,17 @@ from providers.admin.fields import LinesField
 from providers.models import ActiveProvider, Provider
 from providers.models.limited import LIMITS
 from proxy import keys
+from proxy.admin.budgets import KeyBudgetForm, card, usd
 from proxy.admin.owners import limits_of
-from proxy.models import GatewayKey, GatewayKeyUse
+from proxy.models import Budget, BudgetAccount, GatewayKey, GatewayKeyUse
 from proxy.owners import text_of
 
+BUDGET = ("budget_usd", "budget_window")
 REACH = ("allowed_models", "allowed_networks")
 KEPT = ("cache_seconds", "record_text")
 
 
-class GatewayKeyForm(VersionedForm):
+class GatewayKeyForm(KeyBudgetForm, VersionedForm):
     allowed_models = LinesField(
         help_text="One in each line; * stands for anything. Empty: all models. Example: openai/gpt-*"
     )
@@ -76,15 +78,16 @@ class GatewayKeyAdmin(AuditedAdmin):
         "last_used",
     )
     list_filter = ("enabled", "record_text", "owner", "team")
-    list_select_related = ("owner", "team", "use")
+    list_select_related = ("owner", "team", "use", "budget")
     search_fields = ("name", "=key_id", "owner__username", "team__name")
     search_help_text = "Search by name, id or owner"
-    derived = (GatewayKeyUse,)
+    derived = (GatewayKeyUse, Budget, BudgetAccount)
     object_views = (("rotate", "rotate_view"), ("revoke", "revoke_view"), ("empty-cache", "empty_cache_view"))
     change_form_outer_before_template = "admin/proxy/key_state.html"
     fieldsets = (
         (None, {"fields": ("name", "owner", "team", "enabled", "expires_at")}),
         ("Limits", {"fields": (*LIMITS, "inherited")}),
+        ("Budget", {"fields": BUDGET}),
         ("What it may reach, and from where", {"fields": REACH}),
         ("When a stream breaks", {"fields": ("resume_streams",)}),
         ("What is kept", {"fields": KEPT}),
@@ -110,7 +113,7 @@ class GatewayKeyAdmin(AuditedAdmin):
         if obj is None or (may(request.user, "gateway_keys", "change") and obj.revoked_at is None):
             return ("inherited",)
         return (
-            "name", "owner", "team", "enabled", "expires_at", *LIMITS, "inherited", *REACH, *KEPT, "resume_streams",
+            "name", "owner", "team", "enabled", "expires_at", *LIMITS, "inherited", *BUDGET, *REACH, *KEPT, "resume_streams",
         )  # fmt: skip
 
     @admin.display(description="Owner")
@@ -124,6 +127,14 @@ class GatewayKeyAdmin(AuditedAdmin):
     @admin.display(description="Key", ordering="key_id")
     def shown_key(self, key: GatewayKey) -> str:
         return f"{key.prefix}…{key.last4}"
+
+    @admin.display(description="Budget (US dollars)")
+    def budget_usd(self, key: GatewayKey) -> str:
+        return "-" if key.budget_amount is None else usd(key.budget_amount)
+
+    @admin.display(description="Window")
+    def budget_window(self, key: GatewayKey) -> str:
+        return key.budget_window or "-"
 
     @admin.display(description="State")
     def state(self, key: GatewayKey) -> SafeString:
@@ -151,6 +162,7 @@ class GatewayKeyAdmin(AuditedAdmin):
             # For the answer to this request only; nothing else ever holds the whole key.
             obj.whole = keys.give_secret(obj)
         super().save_model(request, obj, form, change)
+        form.save_budget()
 
     def response_add(
         self, request: HttpRequest, obj: Any, post_url_continue: str | None = None
@@ -164,6 +176,7 @@ class GatewayKeyAdmin(AuditedAdmin):
             usable = obj.revoked_at is None and self.has_change_permission(request, obj)
             context = {**context, "key_state": state_badge(obj), "key_usable": usable}
             context["key_last_used"] = self.last_used(obj)
+            context |= card(getattr(obj, "budget", None))
         return super().render_change_form(request, context, *args, **kwargs)
 
     def rotate_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:

@@ -20,6 +20,7 @@ from providers.models import ActiveProvider, ApiKey, Provider, ProviderHealth, P
 from proxy import prices, reports, weather
 from proxy.admin.report import shown
 from proxy.models import GatewayKey, PriceList, UsageHour, UsageRecord
+from proxy.models.budgets import current_accounts, warned
 
 BEAT_LATE_SECONDS = 60
 BUILT_IN = "echo"
@@ -133,6 +134,7 @@ def problems() -> list[Problem]:
         *limits_alone(),
         *price_list_broken(),
         *prices_unknown(),
+        *budgets_warned(),
     ]
 
 
@@ -212,6 +214,21 @@ def prices_unknown() -> list[Problem]:
     link = f"{reverse('admin:proxy_usagerecord_changelist')}?price=unknown"
     detail = "In the last 24 hours. They count as unknown and not as free; Prices is where one can be written down."
     return [Problem(title, detail, link, grave=False)]
+
+
+def budgets_warned() -> list[Problem]:
+    found = [
+        account.budget
+        for account in warned()
+        .select_related("budget")
+        .prefetch_related(current_accounts("budget__accounts"))
+    ]
+    if not found:
+        return []
+    up = sum(budget.hard and budget.account.spent >= budget.amount for budget in found)
+    title = f"{len(found)} budget{'s have' if len(found) > 1 else ' has'} reached the percentage to warn at"
+    detail = f"{up} of them used up: requests are refused until they begin anew." if up else ""
+    return [Problem(title, detail, reverse("admin:proxy_budget_changelist"), grave=bool(up))]
 
 
 def change_link(provider: Provider) -> str:

@@ -16,17 +16,19 @@ from audit import roles
 from audit.api_errors import Conflict
 from audit.api_views import KnownFields, Rows, StrictSerializer, word_of
 from proxy import keys
+from proxy.api.budgets import KeyBudget
 from proxy.api.owners import OwnerField
 from proxy.models import GatewayKey, GatewayKeyUse
+from proxy.models.budgets import current_accounts
 from proxy.models.keys import keys_of
 
 MAX_OVERLAP_SECONDS = 30 * 24 * 3600
 USE = ("requests_count", "tokens_used", "cost_usd", "last_used_at")
 
 
-class GatewayKeySerializer(StrictSerializer[GatewayKey]):
+class GatewayKeySerializer(KeyBudget, StrictSerializer[GatewayKey]):
     aliases: ClassVar = {"is_active": "enabled"}
-    volatile: ClassVar = frozenset({*USE, "updated_at"})
+    volatile: ClassVar = frozenset({*USE, "updated_at", "spent_usd"})
 
     owner = OwnerField(source="holder", required=False, allow_null=True)
     is_active = serializers.BooleanField(
@@ -42,8 +44,9 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         model = GatewayKey
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
-            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "record_text", "cache_seconds",
-            "cache_emptied_at", "expires_at", "revoked_at", *USE, "created_by", "created_at", "updated_at",
+            "max_concurrency", "budget_usd", "budget_window", "spent_usd", "allowed_models", "allowed_networks",
+            "resume_streams", "record_text", "cache_seconds", "cache_emptied_at", "expires_at", "revoked_at", *USE,
+            "created_by", "created_at", "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "cache_emptied_at", "created_by")
         validators: ClassVar[list[Any]] = []
@@ -63,18 +66,23 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         return super().to_representation(key)
 
     def create(self, values: dict[str, Any]) -> GatewayKey:
+        budget = self.take_budget(values)
         values.setdefault("max_concurrency", keys.default_concurrency())
         key = GatewayKey(**values, created_by=self.user.get_username())
         # Lives only on this object, for the one answer that shows it.
         key.whole = keys.give_secret(key)  # type: ignore[attr-defined]
         key.full_clean()
         key.save()
+        self.give_budget(key, budget)
         return key
 
     def update(self, key: GatewayKey, values: dict[str, Any]) -> GatewayKey:
         if key.revoked_at is not None and values.get("enabled"):
             raise Conflict("A revoked key stays revoked; issue another one.")
-        return super().update(key, values)
+        budget = self.take_budget(values)
+        self.put(key, values)
+        self.give_budget(key, budget)
+        return key
 
 
 class IssuedSerializer(GatewayKeySerializer):
@@ -100,7 +108,7 @@ class GatewayKeys(Rows):
     # Whoever may give a key a new secret may empty its cache.
     words: ClassVar = {"revoke": "revoke", "rotate": "rotate", "empty_cache": "rotate"}
     serializer_class = GatewayKeySerializer
-    queryset = GatewayKey.objects.select_related("owner", "team", "use")
+    queryset = GatewayKey.objects.select_related("owner", "team", "use", "budget")
     filterset_fields = ("enabled", "owner__username", "team__name")
     search_fields = ("name", "key_id", "owner__username", "team__name")
     ordering_fields = ("id", "name", "enabled", "expires_at", "created_at", "updated_at")
@@ -109,6 +117,7 @@ class GatewayKeys(Rows):
         rows = super().get_queryset()
         if not self.request.user.is_authenticated:
             return rows.none()
+        rows = rows.prefetch_related(current_accounts("budget__accounts"))
         if roles.own_only(self.request.user, self.resource, word_of(self)):
             return rows.filter(pk__in=keys_of(self.request.user))
         return rows

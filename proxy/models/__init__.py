@@ -1,3 +1,4 @@
+from proxy.models.budgets import Budget, BudgetAccount, BudgetGrant, Window
 from proxy.models.keys import GatewayKey, GatewayKeyUse
 from proxy.models.owners import OwnerLimits
 from proxy.models.prices import ModelPrice, PriceList
@@ -6,6 +7,9 @@ from proxy.models.texts import TextRecord
 from proxy.models.usage import SpoolSegment, UsageHour, UsageRecord
 
 __all__ = [
+    "Budget",
+    "BudgetAccount",
+    "BudgetGrant",
     "GatewayKey",
     "GatewayKeyUse",
     "Mode",
@@ -19,4 +23,5 @@ __all__ = [
     "TextRecord",
     "UsageHour",
     "UsageRecord",
+    "Window",
 ]

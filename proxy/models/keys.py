@@ -123,6 +123,23 @@ class GatewayKey(Owned, Limited, Versioned):
         owner_gone = self.owner is not None and not self.owner.is_active
         return self.enabled and self.revoked_at is None and not expired and not owner_gone
 
+    @property
+    def budget_amount(self) -> int | None:
+        """Nano-dollars; None: the key has no budget of its own."""
+        budget = getattr(self, "budget", None)
+        return None if budget is None else budget.amount
+
+    @property
+    def budget_window(self) -> str | None:
+        budget = getattr(self, "budget", None)
+        return None if budget is None else budget.window
+
+    @property
+    def budget_spent(self) -> int | None:
+        """Of its own budget in the present window, in nano-dollars."""
+        budget = getattr(self, "budget", None)
+        return None if budget is None else budget.account.spent
+
     def audit_identity(self) -> Identity:
         return Identity("gateway_key", str(self.pk), self.name, "gateway_key")
 

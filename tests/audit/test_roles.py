@@ -68,6 +68,12 @@ MATRIX: list[tuple[str, str, str]] = [
     ("post", "prices", WRITE),
     ("get", "prices/{price}", READ),
     ("post", "prices/{price}/end", WRITE),
+    ("get", "budgets", "m" + READ),
+    ("post", "budgets", ADMIN),
+    ("get", "budgets/{budget}", "m" + READ),
+    ("put", "budgets/{budget}", ADMIN),
+    ("patch", "budgets/{budget}", ADMIN),
+    ("delete", "budgets/{budget}", ADMIN),
     ("get", "gateway-keys", "m" + READ),
     ("post", "gateway-keys", WRITE),
     ("get", "gateway-keys/{gateway}", "m" + READ),
@@ -121,6 +127,7 @@ def things(people: dict[str, User]) -> dict[str, Any]:
     return {
         "server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route, "price": price,
         "limits": limits, "usage": RECORD,
+        "budget": client.post(f"{V1}/budgets", {"provider": "openai", "amount_usd": 1}).json()["id"],
     }  # fmt: skip
 
 
@@ -166,6 +173,7 @@ def _routes() -> Iterator[tuple[str, set[str]]]:
         "prices": "{price}",
         "owner-limits": "{limits}",
         "usage": "{usage}",
+        "budgets": "{budget}",
     }
     for pattern in (*router.urls, *active_router.urls):
         actions = getattr(pattern.callback, "actions", {})

@@ -30,11 +30,13 @@ from proxy.inflight import Registry
 from proxy.needs import ModelFacts
 from proxy.price_book import FOREVER, Dated, Override, PriceBook
 from proxy.pricing import Price
+from proxy.purses import Allowance
 from proxy.segments import read
 from proxy.snapshot import Choice, Snapshot, Upstream
 from proxy.strategies import Node, Route
 from proxy.watcher import Watcher
 from proxy.weather import Weather
+from tests.support.books import Books
 from tests.support.ports import LOOPBACK
 from tests.support.upstream import LoopThread
 
@@ -91,6 +93,8 @@ class House:
         self.key = self.issue("first")
         self._run = asyncio.run_coroutine_threadsafe(self._serve(), self._thread.loop)
         self._wait_until_up()
+        self.books = Books({})
+        self.gateway.grants.ledger = self.books
 
     def __enter__(self) -> Self:
         return self
@@ -205,6 +209,24 @@ class House:
     def know(self, provider_id: int, model: str, **facts: Any) -> None:
         """What is known of a model (fields of ModelFacts)."""
         self._change(facts={**self._snapshot.facts, (provider_id, model): ModelFacts(**facts)})
+
+    def budget(
+        self,
+        amount: int,
+        *,
+        of: str = "this key",
+        hard: bool = True,
+        window: str = "total",
+        provider: int = 0,
+    ) -> int:
+        """A budget in nano-dollars; its id, to be named by keys (`issue`). provider: whose it is, if it is a provider's."""
+        number = len(self._snapshot.budgets) + 1
+        self.books.limits[number] = amount
+        self._change(budgets={**self._snapshot.budgets, number: Allowance(number, of, window, hard)})
+        if provider:
+            upstream = replace(self._snapshot.upstreams[provider], budget=number)
+            self._change(upstreams={**self._snapshot.upstreams, provider: upstream})
+        return number
 
     def shorten(self, **seconds: float) -> None:
         """Change the timeouts of every provider."""

@@ -40,16 +40,19 @@ USAGE = (
 
 def usage_rows(gateway: Gateway) -> list[dict[str, Any]]:
     """All usage records, with the columns that a ledger needs."""
-    query = f"SELECT {', '.join(USAGE)} FROM proxy_usagerecord"
+    rows = query(gateway, f"SELECT {', '.join(USAGE)} FROM proxy_usagerecord")
+    return [dict(zip(USAGE, row, strict=True)) for row in rows]
+
+
+def query(gateway: Gateway, text: str) -> list[Any]:
+    """What the installation's database answers."""
     url = gateway.env.get("DATABASE_URL", "")
     if url.startswith("postgresql"):
         with psycopg.connect(url) as connection:
-            rows: list[Any] = connection.execute(query.encode()).fetchall()
-    else:
-        path = url.removeprefix("sqlite:///") or gateway.data_dir / "penstock.sqlite3"
-        with contextlib.closing(sqlite3.connect(path)) as connected:
-            rows = connected.execute(query).fetchall()
-    return [dict(zip(USAGE, row, strict=True)) for row in rows]
+            return connection.execute(text.encode()).fetchall()
+    path = url.removeprefix("sqlite:///") or gateway.data_dir / "penstock.sqlite3"
+    with contextlib.closing(sqlite3.connect(path)) as connected:
+        return connected.execute(text).fetchall()
 
 
 def settled_usage_rows(
