@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from django.db import connection, transaction
 from django.db.models import Model
@@ -216,7 +216,11 @@ def _budgets_of(row: GatewayKey, budgets: Mapping[tuple[str, int], int]) -> tupl
     if not budgets:
         return ()
     # Teams as owners of keys are a column of their own.
-    subjects = (("gateway_key", row.pk), ("user", row.owner_id), ("team", getattr(row, "team_id", None)))
+    subjects: tuple[tuple[str, Any], ...] = (
+        ("gateway_key", row.pk),
+        ("user", row.owner_id),
+        ("team", getattr(row, "team_id", None)),
+    )
     return tuple(budgets[each] for each in subjects if each in budgets)
 
 

@@ -38,7 +38,7 @@ def shop(house: House, upstream: Upstream) -> House:
 
 def price(house: House, **rates: int) -> None:
     """What every model costs, in nano-dollars per million tokens; without any, nobody knows."""
-    said = Price(1, **{name: Rate(rate) for name, rate in rates.items()})
+    said = Price(1)._replace(**{name: Rate(rate) for name, rate in rates.items()})
     house.charge(*((number, "*", said) for number in (1, 2) if rates))
 
 
