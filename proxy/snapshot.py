@@ -227,7 +227,7 @@ def _budgets_of(row: GatewayKey, budgets: Mapping[tuple[str, int], int]) -> tupl
     if not budgets:
         return ()
     subjects = (("gateway_key", row.pk), ("user", row.owner_id), ("team", row.team_id))
-    return tuple(budgets[each] for each in subjects if each in budgets)
+    return tuple(budgets[kind, pk] for kind, pk in subjects if pk is not None and (kind, pk) in budgets)
 
 
 def _caches_emptied() -> Mapping[str, datetime]:

@@ -117,7 +117,7 @@ class BudgetSerializer(StrictSerializer[Budget]):
         return values
 
     def create(self, values: dict[str, Any]) -> Budget:
-        budget = Budget(**values, created_by=self.user.get_username())
+        budget = Budget(**values, created_by=self.context["request"].user.get_username())
         budget.full_clean()
         budget.save()
         return budget

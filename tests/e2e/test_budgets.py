@@ -80,12 +80,15 @@ async def ask_at_once(
         return Counter(await asyncio.gather(*asked))
 
 
+BOOKS = """
+SELECT COALESCE((SELECT spent FROM proxy_budgetaccount), 0), COALESCE((SELECT held FROM proxy_budgetaccount), 0),
+       COALESCE(SUM(cost_nanodollars), 0), COUNT(*) FROM proxy_usagerecord
+"""
+
+
 def books(gateway: Gateway) -> tuple[int, int, int, int]:
-    """(spent, held, sum of the costs of all rows, number of rows)."""
-    ((spent, held),) = query(gateway, "SELECT spent, held FROM proxy_budgetaccount") or [(0, 0)]
-    ((cost, rows),) = query(
-        gateway, "SELECT COALESCE(SUM(cost_nanodollars), 0), COUNT(*) FROM proxy_usagerecord"
-    )
+    """(spent, held, sum of the costs of all rows, number of rows), all of one moment."""
+    ((spent, held, cost, rows),) = query(gateway, BOOKS)
     return int(spent), int(held), int(cost), int(rows)
 
 

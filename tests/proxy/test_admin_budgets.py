@@ -160,7 +160,7 @@ def test_an_operator_issues_a_key_with_a_budget_and_only_looks_at_budgets(
     sent = {"name": "app", "budget_usd": "2", "budget_window": "day"}
     assert client.post(reverse("admin:proxy_gatewaykey_add"), sent).status_code == 200
     made = Budget.objects.get()
-    assert (made.gateway_key and made.gateway_key.name, made.amount, made.window) == ("app", 2 * NANO, "day")
+    assert (made.subject_name, made.amount, made.window) == ("gateway key app", 2 * NANO, "day")
     assert client.get(LIST).status_code == 200
     assert client.get(reverse("admin:proxy_gatewaykey_change", args=[key.pk])).status_code == 200
     change = reverse("admin:proxy_budget_change", args=[made.pk])

@@ -71,7 +71,8 @@ def test_amounts_are_exact_as_numbers_and_as_text(owner: User) -> None:
     assert Budget.objects.get().amount == 1
     client.patch(f"{PATH}/{made['id']}", {"amount_usd": 0.1})
     assert Budget.objects.get().amount == 100_000_000
-    for wrong in (-1, "1e10", "0.0000000001", "NaN", None, [], True):
+    wrongs: tuple[Any, ...] = (-1, "1e10", "0.0000000001", "NaN", None, [], True)
+    for wrong in wrongs:
         assert client.patch(f"{PATH}/{made['id']}", {"amount_usd": wrong}).status_code == 400, wrong
     assert Budget.objects.get().amount == 100_000_000
 

@@ -237,10 +237,12 @@ class Flaky:
         self.lose = ""
 
     def take(self, worker: str, key: AccountKey, amount: int, consumed: int) -> int | None:
-        return self._lossy(Accounts.take, worker, key, amount, consumed)
+        granted: int | None = self._lossy(Accounts.take, worker, key, amount, consumed)
+        return granted
 
     def give_back(self, worker: str, key: AccountKey, kept: int) -> int:
-        return self._lossy(Accounts.give_back, worker, key, kept)
+        granted: int = self._lossy(Accounts.give_back, worker, key, kept)
+        return granted
 
     def _lossy(self, function: Any, *args: Any) -> Any:
         lose, self.lose = self.lose, ""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -38,7 +38,7 @@ def shop(house: House, upstream: Upstream) -> House:
 
 def price(house: House, **rates: int) -> None:
     """What every model costs, in nano-dollars per million tokens; without any, nobody knows."""
-    said = Price(1, **{name: Rate(rate) for name, rate in rates.items()})
+    said = Price(1)._replace(**cast(Any, {name: Rate(rate) for name, rate in rates.items()}))
     house.charge(*((number, "*", said) for number in (1, 2) if rates))
 
 
