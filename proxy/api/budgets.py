@@ -17,6 +17,7 @@ from audit.api_views import Rows, StrictSerializer, word_of
 from providers.models import Provider
 from proxy.models import Budget, GatewayKey, Window
 from proxy.models.budgets import MOST_USD, SUBJECTS, current_accounts, set_key_budget
+from proxy.models.keys import keys_of
 from proxy.pricing import nano_of
 
 MOVED = "A budget stays with whom it is of, and so does what was spent of it; make another one."
@@ -139,7 +140,9 @@ class Budgets(Rows):
         if not user.is_authenticated:
             return rows.none()
         if roles.own_only(user, self.resource, word_of(self)):
-            return rows.filter(Q(user=user) | Q(gateway_key__owner=user) | Q(team__in=user.groups.all()))
+            return rows.filter(
+                Q(user=user) | Q(gateway_key__in=keys_of(user)) | Q(team__in=user.groups.all())
+            )
         return rows
 
 

@@ -127,6 +127,7 @@ def test_r49_a_member_sees_his_own_and_his_teams_budgets_and_changes_none(owner:
     client = as_(owner)
     own = [make(client, user="ann"), make(client, team="ml")]
     own.append(make(client, gateway_key=issue(client, owner="ann")["id"]))
+    own.append(make(client, gateway_key=issue(client, "of the team", owner="team:ml")["id"]))
     other = make(client, user="owner")
     seen = as_(ann)
     assert {row["id"] for row in seen.get(PATH).json()["results"]} == {row["id"] for row in own}
