@@ -82,6 +82,7 @@ MATRIX: list[tuple[str, str, str]] = [
     ("delete", "gateway-keys/{gateway}", ADMIN),
     ("post", "gateway-keys/{gateway}/revoke", "m" + WRITE),
     ("post", "gateway-keys/{gateway}/rotate", "m" + WRITE),
+    ("post", "gateway-keys/{gateway}/empty-cache", "m" + WRITE),
     ("get", "owner-limits", READ),
     ("post", "owner-limits", ADMIN),
     ("get", "owner-limits/{limits}", READ),
