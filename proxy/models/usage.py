@@ -99,6 +99,10 @@ class UsageRecord(models.Model):
             models.Index(fields=["request_id"], name="usage_request"),
             models.Index(fields=["gateway_key_id", "created_at"], name="usage_gateway_key_created"),
             models.Index(fields=["provider_id", "created_at"], name="usage_provider_created"),
+            # What went wrong is rare, looked for often, and would be far apart among millions.
+            models.Index(
+                fields=["created_at"], condition=~Q(status=UsageStatus.SUCCESS), name="usage_not_successful"
+            ),
             models.Index(
                 fields=["created_at"],
                 condition=Q(cost_nanodollars=None) & ~Q(tokens_source=TokensSource.NONE),
