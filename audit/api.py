@@ -5,15 +5,19 @@ The errors are in audit.api_errors, the views in audit.api_views.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
+from django.core.paginator import Paginator
+from django.utils.functional import cached_property
 from rest_framework import exceptions
 from rest_framework.authentication import get_authorization_header
 from rest_framework.pagination import PageNumberPagination
 from rest_framework.parsers import JSONParser
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
+from rest_framework.response import Response
 from rest_framework.throttling import SimpleRateThrottle
 from rest_framework_simplejwt.authentication import JWTAuthentication
 from rest_framework_simplejwt.tokens import Token
@@ -25,10 +29,16 @@ if TYPE_CHECKING:
     # REST framework imports this module while it imports its views.
     from rest_framework.views import APIView
 
+    Paged = Paginator[Any]
+else:
+    Paged = Paginator
+
 __all__ = [
     "BearerAuthentication",
     "CallerThrottle",
+    "Counted",
     "DenyAll",
+    "LongPages",
     "Pages",
     "StrictJSONParser",
     "error_response",
@@ -104,3 +114,53 @@ class Pages(PageNumberPagination):
             message = f"Write a number from 1 to {self.max_page_size}."
             raise exceptions.ValidationError({self.page_size_query_param: [message]})
         return int(text)
+
+
+class Counted(Paged):
+    """Counts to `EXACT` and no further: counting millions of rows takes seconds, and nobody leafs through them.
+
+    about: asked for an estimate when there are more; without it the count is EXACT, and what lies beyond is not listed.
+    """
+
+    EXACT = 100_000
+    about: Callable[[], int] | None = None
+    estimated = False
+
+    @cached_property
+    def count(self) -> int:
+        rows: Any = self.object_list
+        found = int(rows.order_by()[: self.EXACT + 1].count())
+        if found <= self.EXACT:
+            return found
+        self.estimated = True
+        return max(found, self.about()) if self.about else self.EXACT
+
+
+class LongPages(Pages):
+    """Pages of what may be millions of rows: `count_estimated` says that there are too many to count.
+
+    The view's `about_as_many()` is asked for an estimate then.
+    """
+
+    def django_paginator_class(self, rows: Any, page_size: int) -> Paged:
+        paginator = Counted(rows, page_size)
+        paginator.about = self.about_as_many
+        return paginator
+
+    def paginate_queryset(
+        self, queryset: Any, request: Request, view: APIView | None = None
+    ) -> list[Any] | None:
+        self.about_as_many = getattr(view, "about_as_many", None)
+        return super().paginate_queryset(queryset, request, view)
+
+    def get_paginated_response(self, data: Any) -> Response:
+        response = super().get_paginated_response(data)
+        if getattr(self.page.paginator, "estimated", False):
+            response.data = {"count": response.data["count"], "count_estimated": True, **response.data}
+        return response
+
+    def get_paginated_response_schema(self, schema: Any) -> Any:
+        found: Any = super().get_paginated_response_schema(schema)
+        text = "There when `count` is an estimate, above 100,000."
+        found["properties"]["count_estimated"] = {"type": "boolean", "description": text}
+        return found

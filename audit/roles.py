@@ -45,6 +45,8 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         },
         "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "audit": {Role.OPERATOR: _READ},
+        "stats": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
+        "logs": {},
         "key_stores": {},
         "allow_private": {},
         "users": {},

@@ -136,12 +136,14 @@ class ProviderSerializer(StrictSerializer[P]):
             raise serializers.ValidationError(
                 {"api_key": ["Enter the key again: base_url now leads to another scheme, host or port."]}
             )
-        self.put(provider, values)
+        saved = self.put(provider, values)
         if api_key:
             key = self._write_key(provider, api_key, enable="enabled" not in values)
             if moves:
                 keys.disable_left_behind(provider, but=key)
-        self._write_models(provider, models)
+        if (self._write_models(provider, models) or api_key) and not saved:
+            # They are shown with the provider, so who has not seen them must not overwrite them.
+            provider.save()
         return provider
 
     def _write_key(self, provider: P, value: str, *, enable: bool) -> ApiKey:
@@ -149,10 +151,11 @@ class ProviderSerializer(StrictSerializer[P]):
             return keys.write_default(provider, value, created_by=self.user.get_username(), enable=enable)
 
     @staticmethod
-    def _write_models(provider: P, models: list[dict[str, Any]] | None) -> None:
-        if models is not None:
-            with blaming("models"):
-                write_models(provider, models)
+    def _write_models(provider: P, models: list[dict[str, Any]] | None) -> bool:
+        if models is None:
+            return False
+        with blaming("models"):
+            return write_models(provider, models)
 
 
 class ServerSerializer(ProviderSerializer[Server]):

@@ -16,6 +16,7 @@ from providers.models import Provider, UpstreamModel
 
 PURPOSES = ("chat", "embeddings", "reranking")
 MAX_MODELS = 10_000
+MAX_NUMBER = 2**31 - 1
 
 
 class KeyField(serializers.CharField):
@@ -65,9 +66,9 @@ class ModelSerializer(serializers.Serializer[UpstreamModel]):
     id = serializers.CharField(source="name", max_length=255)
     purposes = serializers.ListField(child=serializers.ChoiceField(PURPOSES), required=False)
     context_window = serializers.IntegerField(
-        required=False, allow_null=True, min_value=1, max_value=2**31 - 1
+        required=False, allow_null=True, min_value=1, max_value=MAX_NUMBER
     )
-    dimensions = serializers.IntegerField(required=False, allow_null=True, min_value=1, max_value=2**31 - 1)
+    dimensions = serializers.IntegerField(required=False, allow_null=True, min_value=1, max_value=MAX_NUMBER)
     capabilities = serializers.ListField(child=serializers.CharField(max_length=64), required=False)
     enabled = serializers.BooleanField(required=False)
 
@@ -81,25 +82,34 @@ class ModelSerializer(serializers.Serializer[UpstreamModel]):
         return dict(form.validated_data)
 
 
-def write_models(provider: Provider, wanted: Sequence[dict[str, Any]]) -> None:
-    """Make `wanted` the models of the provider. Found ones that are not wanted stay, disabled, or they would come back."""
+def write_models(provider: Provider, wanted: Sequence[dict[str, Any]]) -> bool:
+    """Make `wanted` the models of the provider; whether that changed any. Found ones that are not wanted stay, disabled, or
+    they would come back."""
     stored = {model.name: model for model in provider.upstream_models.all()}
+    changed = False
     for columns in wanted:
         model = stored.pop(columns["name"], None) or UpstreamModel(provider=provider)
-        _write_model(model, {"enabled": True, **columns})
+        changed |= _write_model(model, {"enabled": True, **columns})
     for model in stored.values():
-        if model.source == UpstreamModel.Source.DISCOVERED:
-            _write_model(model, {"enabled": False})
-        else:
-            model.delete()
+        changed |= delete_model(model)
+    return changed
 
 
-def _write_model(model: UpstreamModel, columns: dict[str, Any]) -> None:
+def delete_model(model: UpstreamModel) -> bool:
+    """Take a model away; one that the provider lists is only disabled. Whether something changed."""
+    if model.source == UpstreamModel.Source.DISCOVERED:
+        return _write_model(model, {"enabled": False})
+    model.delete()
+    return True
+
+
+def _write_model(model: UpstreamModel, columns: dict[str, Any]) -> bool:
     if model.pk and all(getattr(model, name) == value for name, value in columns.items()):
-        return
+        return False
     if any(name in FACTS and getattr(model, name) != value for name, value in columns.items()):
         model.take_over()
     for name, value in columns.items():
         setattr(model, name, value)
     model.full_clean(validate_unique=False, validate_constraints=False)
     model.save()
+    return True

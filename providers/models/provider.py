@@ -248,7 +248,7 @@ class ApiKey(Versioned):
         )
 
 
-class UpstreamModel(models.Model):
+class UpstreamModel(Versioned):
     """A model that a provider can serve: found by asking it, or written by hand."""
 
     class Source(models.TextChoices):
@@ -263,7 +263,6 @@ class UpstreamModel(models.Model):
     capabilities = models.JSONField(default=list, blank=True)
     enabled = models.BooleanField(default=True)
     source = models.CharField(max_length=16, choices=Source, default=Source.MANUAL, editable=False)
-    created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
         ordering: ClassVar = ["provider", "name"]

@@ -14,6 +14,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from audit import roles
+from audit.api_bulk import Bulk
 from audit.api_errors import Conflict
 from audit.api_views import KnownFields, Rows, StrictSerializer, word_of
 from proxy import keys
@@ -106,7 +107,7 @@ class RotationSerializer(KnownFields):
     )
 
 
-class GatewayKeys(Rows):
+class GatewayKeys(Bulk, Rows):
     """The keys that applications call with. A member sees his own."""
 
     resource = "gateway_keys"
