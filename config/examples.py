@@ -24,6 +24,7 @@ BY_NAME: Mapping[str, Any] = {
     "entity_name": "Box",
     "entity_type": "ai_server",
     "fingerprint": "4f0c5f1d2a3b4c5d6e7f8091",
+    "id": "llama3.2",
     "hash": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
     "ids": [13, 14],
     "ip": "10.0.0.7",
@@ -38,6 +39,7 @@ BY_NAME: Mapping[str, Any] = {
     "models": ["llama3.2"],
     "name": "Box",
     "next": "http://127.0.0.1:8000/api/v1/servers?page=2",
+    "overlap_seconds": 3600,
     "owner": "alice",
     "password": "correct horse battery",
     "prefix": "pen_live_0123456789",
@@ -46,7 +48,12 @@ BY_NAME: Mapping[str, Any] = {
     "provider_id": 13,
     "provider_name": "Box",
     "provider_type": "ai_server",
+    "purpose": "chat",
     "purposes": ["chat"],
+    "priority": 10,
+    "weight": 2,
+    "context_window": 131072,
+    "refresh": "eyJ...",
     "request_id": "0f7c2a51d1d94c4cb7c1f0a8f1b8a6de",
     "server_type": "ollama",
     "slug": "box",
@@ -66,8 +73,23 @@ BY_FORMAT: Mapping[str, Any] = {
     "double": 0.5,
     "decimal": "0.5",
 }
-SENT = frozenset({"kind", "models", "nodes", "fallbacks", "provider_id", "api_key", "is_healthy", "model"})
+SENT = frozenset(
+    {
+        "kind",
+        "base_url",
+        "models",
+        "nodes",
+        "purpose",
+        "fallbacks",
+        "provider_id",
+        "api_key",
+        "is_healthy",
+        "model",
+    }
+)
 """What a request's example shows beyond what is required."""
+PATCHED = ("priority", "weight", "context_window", "model", "strategy", "name", "is_healthy")
+"""What the example of a partial change changes: the first of these that there is."""
 LEFT_OUT = frozenset({"otp"})
 
 
@@ -118,7 +140,9 @@ def _object(schema: Schema, schemas: Mapping[str, Schema], *, sent: bool, depth:
         if not resolved(shape, schemas).get(hidden) and not shape.get(hidden) and name not in LEFT_OUT
     }
     if sent:
-        wanted = [name for name in shapes if name in required or name in SENT] or list(shapes)[:1]
+        wanted = [name for name in shapes if name in required or name in SENT]
+        if not required:
+            wanted = [name for name in PATCHED if name in shapes][:1] or wanted or list(shapes)[:1]
         shapes = {name: shapes[name] for name in wanted}
     return {
         name: example(shape, schemas, sent=sent, name=name, depth=depth + 1) for name, shape in shapes.items()
