@@ -76,7 +76,7 @@ class AuditLog(Door):
     pagination_class = LongPages
     filterset_class = EntryFilter
     search_fields = ("username", "entity_name", "action", "=request_id")
-    ordering_fields = ("timestamp", "id")
+    ordering_fields = ("timestamp", "seq")
     lookup_value_regex = r"[0-9]{1,18}"
 
     def filter_queryset(self, queryset: QuerySet[Entry]) -> QuerySet[Entry]:

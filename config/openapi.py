@@ -26,7 +26,11 @@ STATUSES = {
     "404": "There is no such thing.",
     "409": "It is in use, or conflicts with the present state.",
     "412": "It has changed since it was read.",
+    "413": "The body is too large.",
+    "415": "The body is no JSON.",
     "429": "Too many requests.",
+    "502": "The provider does not answer as it should.",
+    "503": "It cannot be done now.",
 }
 
 
@@ -100,13 +104,20 @@ def _statuses(method: str, operation: Schema) -> list[str]:
     if "health" in operation.get("tags", ()):
         return []
     named = ["401", "403", "429"] if operation.get("security") != [{}] else ["401", "429"]
-    if any(parameter["in"] == "path" for parameter in operation.get("parameters", ())):
+    named.append("503")
+    parameters = operation.get("parameters", ())
+    if any(parameter["in"] == "path" or parameter["name"] == "page" for parameter in parameters):
         named.append("404")
-    if method in {"post", "put", "patch"}:
+    asks = any(parameter["in"] == "query" for parameter in operation.get("parameters", ()))
+    if asks or method in {"post", "put", "patch"}:
         named.append("400")
-    if method in {"put", "patch", "delete"}:
+    if method in {"post", "put", "patch"}:
+        named += ["409", "413", "415"]
+    if method in {"put", "patch", "delete"} or operation["operationId"].endswith(("_rotate", "_revoke")):
         named += ["409", "412"]
-    return sorted(named)
+    if operation["operationId"].endswith(("_models", "_refresh")):
+        named.append("502")
+    return sorted(set(named))
 
 
 def _error_schema() -> Schema:

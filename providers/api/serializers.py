@@ -141,9 +141,10 @@ class ProviderSerializer(StrictSerializer[P]):
             key = self._write_key(provider, api_key, enable="enabled" not in values)
             if moves:
                 keys.disable_left_behind(provider, but=key)
-        if (self._write_models(provider, models) or api_key) and not saved:
-            # They are shown with the provider, so who has not seen them must not overwrite them.
-            provider.save()
+            if not saved:
+                # The key is shown with the provider, so the version is that of both.
+                provider.save()
+        self._write_models(provider, models)
         return provider
 
     def _write_key(self, provider: P, value: str, *, enable: bool) -> ApiKey:
@@ -151,11 +152,10 @@ class ProviderSerializer(StrictSerializer[P]):
             return keys.write_default(provider, value, created_by=self.user.get_username(), enable=enable)
 
     @staticmethod
-    def _write_models(provider: P, models: list[dict[str, Any]] | None) -> bool:
-        if models is None:
-            return False
-        with blaming("models"):
-            return write_models(provider, models)
+    def _write_models(provider: P, models: list[dict[str, Any]] | None) -> None:
+        if models is not None:
+            with blaming("models"):
+                write_models(provider, models)
 
 
 class ServerSerializer(ProviderSerializer[Server]):

@@ -82,34 +82,30 @@ class ModelSerializer(serializers.Serializer[UpstreamModel]):
         return dict(form.validated_data)
 
 
-def write_models(provider: Provider, wanted: Sequence[dict[str, Any]]) -> bool:
-    """Make `wanted` the models of the provider; whether that changed any. Found ones that are not wanted stay, disabled, or
-    they would come back."""
+def write_models(provider: Provider, wanted: Sequence[dict[str, Any]]) -> None:
+    """Make `wanted` the models of the provider. Found ones that are not wanted stay, disabled, or they would come back."""
     stored = {model.name: model for model in provider.upstream_models.all()}
-    changed = False
     for columns in wanted:
         model = stored.pop(columns["name"], None) or UpstreamModel(provider=provider)
-        changed |= _write_model(model, {"enabled": True, **columns})
+        _write_model(model, {"enabled": True, **columns})
     for model in stored.values():
-        changed |= delete_model(model)
-    return changed
+        delete_model(model)
 
 
-def delete_model(model: UpstreamModel) -> bool:
-    """Take a model away; one that the provider lists is only disabled. Whether something changed."""
+def delete_model(model: UpstreamModel) -> None:
+    """Take a model away; one that the provider lists is only disabled."""
     if model.source == UpstreamModel.Source.DISCOVERED:
-        return _write_model(model, {"enabled": False})
-    model.delete()
-    return True
+        _write_model(model, {"enabled": False})
+    else:
+        model.delete()
 
 
-def _write_model(model: UpstreamModel, columns: dict[str, Any]) -> bool:
+def _write_model(model: UpstreamModel, columns: dict[str, Any]) -> None:
     if model.pk and all(getattr(model, name) == value for name, value in columns.items()):
-        return False
+        return
     if any(name in FACTS and getattr(model, name) != value for name, value in columns.items()):
         model.take_over()
     for name, value in columns.items():
         setattr(model, name, value)
     model.full_clean(validate_unique=False, validate_constraints=False)
     model.save()
-    return True

@@ -274,6 +274,18 @@ class UpstreamModel(Versioned):
     def __str__(self) -> str:
         return self.name
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        super().save(*args, **kwargs)
+        self._changes_its_provider()
+
+    def delete(self, *args: Any, **kwargs: Any) -> Any:
+        self._changes_its_provider()
+        return super().delete(*args, **kwargs)
+
+    def _changes_its_provider(self) -> None:
+        """A provider is shown and sent back with its models, so who has not seen this one must not overwrite it."""
+        Provider.objects.filter(pk=self.provider_id).update(version=models.F("version") + 1)
+
     def take_over(self) -> None:
         """A person wrote down what it can do, so what the provider tells of it no longer counts. Does not save."""
         self.source = self.Source.MANUAL

@@ -58,7 +58,7 @@ def test_it_is_filtered_by_actor_action_thing_and_time(operator: User, owner: Us
     assert len(found(client, entity_type="ai_server", entity_id=made["id"])) == 2
     assert found(client, since=(now + timedelta(minutes=1)).isoformat()) == []
     assert found(client, until=(now - timedelta(hours=1)).isoformat(), actor="operator") == []
-    assert [row["id"] for row in found(client, ordering="id", entity_type="ai_server")] == sorted(
+    assert [row["id"] for row in found(client, ordering="seq", entity_type="ai_server")] == sorted(
         row["id"] for row in found(client, entity_type="ai_server")
     )
     assert {row["entity_name"] for row in found(client, search="llama")} == {"llama"}

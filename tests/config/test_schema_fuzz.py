@@ -29,7 +29,7 @@ from providers.models import Provider
 from tests.support.api import V1, add_key, add_server, anybody, as_
 
 pytestmark = pytest.mark.django_db
-EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "5"))
+EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "3"))
 """Requests for each operation and kind; `make soak` makes more."""
 NOWHERE = "http://127.0.0.1:9"
 CHECKS = [

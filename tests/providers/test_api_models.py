@@ -180,3 +180,16 @@ def test_models_written_with_their_provider_change_its_version(operator: User, m
 
     assert late.status_code == 412
     assert client.get(path).json()["models"] == ["a"]
+
+
+def test_a_model_that_somebody_else_added_is_not_overwritten_with_the_provider(
+    operator: User, made: dict[str, Any]
+) -> None:
+    client, path = as_(operator), f"{V1}/providers/{made['id']}"
+    seen = client.get(path)
+    client.post(f"{path}/models", {"id": "added"})
+
+    late = client.put(path, {**seen.json(), "priority": 3}, headers={"If-Match": seen["ETag"]})
+
+    assert late.status_code == 412
+    assert client.get(path).json()["models"] == ["added"]
