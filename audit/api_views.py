@@ -117,8 +117,8 @@ def tag_of(row: Any) -> dict[str, str]:
     return {"ETag": f'"{row.version}"'}
 
 
-class Rows(Door):
-    """List, create, read, update and delete rows, each change recorded and on the version that the caller has seen."""
+class KeptRows(Door):
+    """List, create and read rows that stay as they were made, each new one recorded."""
 
     lookup_value_regex = r"[0-9]{1,18}"
 
@@ -136,6 +136,10 @@ class Rows(Door):
             serializer.is_valid(raise_exception=True)
             row = serializer.save()
         return self.shown(row, 201)
+
+
+class Rows(KeptRows):
+    """List, create, read, update and delete rows, each change recorded and on the version that the caller has seen."""
 
     def update(self, request: Request, *args: Any, partial: bool = False, **kwargs: Any) -> Response:
         data = request.data

@@ -14,6 +14,9 @@ from providers.api.api_keys import ApiKeys
 from providers.api.views import Servers, VendorsAndServers
 from proxy.api.gateway_keys import GatewayKeys
 from proxy.api.model_routes import ModelRoutes
+from proxy.api.owners import OwnersLimits
+from proxy.api.prices import Prices
+from proxy.api.usage import Usage
 
 
 class Router(SimpleRouter):
@@ -46,8 +49,11 @@ router.register("servers", Servers, basename="server")
 router.register("providers", VendorsAndServers, basename="provider")
 router.register("api-keys", ApiKeys, basename="api-key")
 router.register("model-routes", ModelRoutes, basename="model-route")
+router.register("prices", Prices, basename="price")
 router.register("gateway-keys", GatewayKeys, basename="gateway-key")
 router.register("audit", AuditLog, basename="audit")
+router.register("owner-limits", OwnersLimits, basename="owner-limits")
+router.register("usage", Usage, basename="usage")
 active_router = ActiveRouter()
 active_router.register("active", Active, basename="active")
 

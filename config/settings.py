@@ -262,6 +262,14 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 3600.0,
         "options": {"expires": 1800},
     },
+    # Once a day is enough; every five minutes, because a new installation should not be without prices for long.
+    "refresh-prices": {
+        "task": "proxy.tasks.refresh_prices",
+        "schedule": 300.0,
+        "options": {"expires": 250},
+    },
+    # Most ticks find nothing: records grow too old at midnight. A large backlog takes several.
+    "forget-usage": {"task": "proxy.tasks.forget_usage", "schedule": 300.0, "options": {"expires": 240}},
     "anchor-head": {"task": "audit.tasks.anchor_head", "schedule": 60.0, "options": {"expires": 50}},
 }
 
@@ -421,6 +429,7 @@ REQUEST_TIMEOUT_SECONDS = env.seconds("REQUEST_TIMEOUT_SECONDS", 600)
 PRIVATE_NETWORKS = env.networks(
     "PRIVATE_NETWORKS", "127.0.0.0/8, ::1/128, 10.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16, fc00::/7"
 )
+USAGE_RETENTION_DAYS = env.whole("USAGE_RETENTION_DAYS", 0, most=36_500)
 METRICS_ALLOWED_NETWORKS = env.networks("METRICS_ALLOWED_NETWORKS", "127.0.0.0/8, ::1/128")
 METRICS_TOKEN = env.text("METRICS_TOKEN")
 
@@ -444,7 +453,9 @@ AUDIT_WATCH = [
     "providers.ActiveTarget",
     "proxy.GatewayKey",
     "proxy.ModelRoute",
+    "proxy.OwnerLimits",
     "proxy.RouteNode",
+    "proxy.ModelPrice",
 ]
 AUDIT_ANCHOR_FILE = DATA_DIR / "audit-head.log"
 

@@ -82,13 +82,23 @@ UNFOLD: dict[str, Any] = {
             },
             {
                 "title": "3 · Give access",
-                "items": [_page("Gateway keys", "vpn_key", "proxy.gatewaykey")],
+                "items": [
+                    _page("Gateway keys", "vpn_key", "proxy.gatewaykey"),
+                    _page("Limits of owners", "speed", "proxy.ownerlimits"),
+                ],
             },
             {
                 "title": "Observe",
                 "separator": True,
                 "items": [
-                    _page("Usage", "bar_chart", "proxy.usagerecord"),
+                    {
+                        "title": "Usage report",
+                        "icon": "bar_chart",
+                        "link": reverse_lazy("admin:proxy_usagerecord_report"),
+                        "permission": _may_see("proxy.usagehour"),
+                    },
+                    _page("Usage", "receipt_long", "proxy.usagerecord"),
+                    _page("Prices", "payments", "proxy.modelprice"),
                     _page("Health checks", "monitor_heart", "providers.healthcheck"),
                     _page("Audit log", "history", "audit.entry"),
                 ],
@@ -98,7 +108,7 @@ UNFOLD: dict[str, Any] = {
                 "separator": True,
                 "items": [
                     _page("Users", "person", "auth.user"),
-                    _page("Roles", "group", "auth.group"),
+                    _page("Roles and teams", "group", "auth.group"),
                 ],
             },
         ],

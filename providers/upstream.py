@@ -47,10 +47,9 @@ async def stream(
     request: WireRequest,
     *,
     credential: Credential | None,
-    headers_timeout: float | None = None,
     dial: Dial | None = None,
 ) -> Reply:
-    """Dial, send, and wait for the head of the answer, at most `headers_timeout` seconds in all. dial: is told how it went.
+    """Dial, send, and wait for the head of the answer, for as long as the caller lets it. dial: is told how it went.
 
     Judges nothing but redirects, compressed answers and what is not HTTP. Raises from `providers.errors`.
     """
@@ -60,11 +59,7 @@ async def stream(
     policy = await _policy(endpoint, kind, request)
     headers, secret = await _sealed_up(endpoint, kind, request, credential)
     try:
-        if headers_timeout is None:
-            response = await _dial(sessions, endpoint, policy, request, headers, dial or Dial())
-        else:
-            async with asyncio.timeout(headers_timeout):
-                response = await _dial(sessions, endpoint, policy, request, headers, dial or Dial())
+        response = await _dial(sessions, endpoint, policy, request, headers, dial or Dial())
     except (aiohttp.ClientError, OSError, errors.ProviderError, ssl.SSLError) as error:
         raise mapped(error) from error
     try:

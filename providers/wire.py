@@ -41,15 +41,27 @@ class Timeouts:
     request: float = 600.0
 
 
+class Quota(NamedTuple):
+    """How much may be asked: requests and tokens a minute, and requests at the same time. None is no limit."""
+
+    requests: int | None = None
+    tokens: int | None = None
+    running: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A key as it is stored: sealed text or a reference (`env://NAME`), never the value itself."""
+    """A key as it is stored: sealed text or a reference (`env://NAME`), never the value itself.
+
+    quota: what is asked with it at the most, so that we stay below the vendor's own limits.
+    """
 
     key_id: int
     uid: str
     name: str
     stored: str = field(repr=False)
     weight: int = 1
+    quota: Quota | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +118,14 @@ class Event(NamedTuple):
     """What one event of an upstream's stream means for us.
 
     commits: it carries content, reasoning, a tool call or a finish reason, so the answer has begun.
+    finish_reason: the first that there is; finished: how many of its choices have one.
     usage_only: it exists because we asked for usage, and is not passed on to a caller who did not.
     error: the provider reports a failure inside its stream.
     """
 
     commits: bool = False
     finish_reason: str | None = None
+    finished: int = 0
     usage: Usage | None = None
     usage_only: bool = False
     done: bool = False

@@ -16,7 +16,7 @@ from proxy.candidates import Candidate
 from proxy.dialects.openai import ChatRequest
 from proxy.errors import UsageLogUnavailable
 from proxy.inflight import Running
-from proxy.limits import Held
+from proxy.limits import UNLIMITED, Held
 from proxy.selection import Plan
 from proxy.spool import Final, Spool, SpoolUnavailable, new_attempt_id
 
@@ -26,9 +26,9 @@ BYTES_PER_TOKEN = 4
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One request of a caller, ready to be sent. `held` is what it takes of its key's limits.
+    """One request of a caller, ready to be sent. `held` is what it takes of the limits of its key and owner.
 
-    resume: whether a stream that breaks is gone on with. journal: its attempts so far, as each record tells them.
+    tokens: of all its attempts so far. resume: whether a stream that breaks is gone on with. journal: its attempts so far, as each record tells them.
     """
 
     running: Running
@@ -39,17 +39,27 @@ class Call:
     plan: Plan
     config_version: int
     resume: bool = False
+    tokens: int = 0
     journal: list[dict[str, Any]] = field(default_factory=list)
+
+    def passed_over(self, candidate: Candidate) -> None:
+        """Note for people why this one was not dialled."""
+        key = candidate.credential.name if candidate.credential else None
+        self.journal.append({"to": candidate.full_name, "key": key, "outcome": "key_limit_reached"})
 
 
 @dataclass(slots=True)
 class Attempt:
-    """Use as a context manager. `settle` once the outcome is known; leaving without it settles by the exception."""
+    """Use as a context manager. `settle` once the outcome is known; leaving without it settles by the exception.
+
+    place: what it takes of the limits of the provider's key.
+    """
 
     call: Call
     candidate: Candidate
     number: int
     spool: Spool
+    place: Held = UNLIMITED
     id: str = field(default_factory=new_attempt_id)
     began: float = field(default_factory=time.monotonic)
     ttft_ms: int | None = None
@@ -119,6 +129,7 @@ class Attempt:
         """Write the final record. Never raises and never waits: the spool keeps what the disk refuses."""
         self.settled = True
         usage, source = self.counted()
+        cost = self.cost(usage)
         total = self.elapsed_ms()
         record: Final = {
             "id": self.id,
@@ -131,6 +142,8 @@ class Attempt:
             "cache_write_tokens": usage.cache_write,
             "reasoning_tokens": usage.reasoning,
             "tokens_source": source,
+            "cost_nanodollars": cost,
+            "price_id": self.candidate.price.id if self.candidate.price else None,
             "ttft_ms": self.ttft_ms,
             "duration_ms": total,
             "bytes_out": self.bytes_out,
@@ -139,8 +152,13 @@ class Attempt:
         }
         self.spool.finish(record)
         if self.accepted:
-            self.call.held.correct(usage.prompt + usage.completion)
-        metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage)
+            self._correct(usage.prompt + usage.completion)
+        metrics.attempt(self.candidate.upstream.slug, status, self.ttft_ms, usage, cost)
+
+    def _correct(self, tokens: int) -> None:
+        self.place.correct(tokens)
+        self.call.tokens += tokens
+        self.call.held.correct(self.call.tokens)
 
     def _trace(self, outcome: str, total: int) -> dict[str, Any]:
         """Why it went there: the candidates as they stood, and each attempt so far with its times in ms.
@@ -168,6 +186,14 @@ class Attempt:
         if not self.accepted:
             return Usage(), "none"
         return Usage(prompt=self.call.body_bytes // BYTES_PER_TOKEN, completion=self.events), "estimated"
+
+    def cost(self, usage: Usage) -> int | None:
+        """Nano-dollars by the price that was known when the request was planned; None where none was. What the provider did
+        not take costs nothing, not even what it asks for each request."""
+        price = self.candidate.price
+        if price is None:
+            return None
+        return price.cost(usage) if self.accepted or self.usage is not None else 0
 
 
 def _status_of(error: ProviderError) -> str:

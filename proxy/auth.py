@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from providers.wire import Quota
 from proxy import keys
 from proxy.errors import AddressNotAllowed, InvalidApiKey
+from proxy.scopes import Scope, Scopes, scope, scopes
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -19,6 +21,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 BARE = (b"x-api-key", b"api-key", b"x-goog-api-key")
 CARRIERS = frozenset((b"authorization", *BARE))
 MAX_KEY = 128
+TEAM = "team:"
+"""Before the name of a team where it stands for an owner; no user name has a colon."""
 
 _ABSENT_PEPPER = secrets.token_bytes(32)
 _ABSENT_DIGEST = keys.digest("0" * 32, _ABSENT_PEPPER)
@@ -26,7 +30,12 @@ _ABSENT_DIGEST = keys.digest("0" * 32, _ABSENT_PEPPER)
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A gateway key as requests need it. Expiries are epoch seconds."""
+    """A gateway key as requests need it. Expiries are epoch seconds.
+
+    owner: as records and the API write it, `alice` or `team:ml`; nothing of a key that is nobody's. user_id, team_id: the
+    owner's, of which there is one at the most. owner_quota: what all keys of the owner may do together.
+    scopes: what its requests are counted for, the key before its owner.
+    """
 
     id: int
     key_id: str
@@ -44,6 +53,21 @@ class Caller:
     resume: bool | None = None
     allowed_models: tuple[str, ...] = ()
     allowed_networks: tuple[Network, ...] = ()
+    user_id: int | None = None
+    team_id: int | None = None
+    owner_quota: Quota | None = None
+    scopes: Scopes | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        own = Quota(self.requests_per_minute, self.tokens_per_minute, self.max_concurrency)
+        found = scopes(scope(self.key_id, "this key", own), self._owner_scope())
+        object.__setattr__(self, "scopes", found)
+
+    def _owner_scope(self) -> Scope | None:
+        if self.team_id is not None:
+            name = self.owner.removeprefix(TEAM)
+            return scope(f"team:{self.team_id}", f"the team {name}", self.owner_quota)
+        return scope(f"user:{self.user_id}", f"the user {self.owner}", self.owner_quota)
 
     def expired(self, now: float) -> bool:
         return self.expires_at is not None and self.expires_at <= now

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from providers.wire import Credential
+from proxy.pricing import Price
 from proxy.snapshot import Choice, Upstream
 from proxy.weather import Weather
 
@@ -22,6 +23,7 @@ class Candidate(NamedTuple):
     """One upstream, the model to ask it for, and the key to ask with.
 
     spares: its other keys, for when this one is refused or limited. window: of the model, in tokens, where it is known.
+    price: of the model, where it is known.
     """
 
     upstream: Upstream
@@ -29,6 +31,7 @@ class Candidate(NamedTuple):
     credential: Credential | None = None
     spares: tuple[Credential, ...] = ()
     window: int | None = None
+    price: Price | None = None
 
     @property
     def full_name(self) -> str:

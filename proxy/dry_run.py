@@ -62,7 +62,7 @@ def run(row: ModelRoute, *, hint: str = "", peek: bool = True) -> DryRun:
     choices = route_choices(snapshot, route, hint=hint, purpose=purpose)
     named = [(snapshot.upstreams[choice.provider_id], choice) for choice in choices]
     able, left_out = fitting(snapshot, named, purpose=purpose, needs=NOTHING)
-    order = ranked(ROUTES, route, able, conditions, hint=hint, peek=peek)
+    order = ranked(ROUTES, route, able, conditions, hint=hint, peek=peek, price=snapshot.price_to_compare)
     steps = [_step(place, each, why(rank), conditions) for place, (each, rank) in enumerate(order, start=1)]
     shown = {choice.node for _, choice in named}
     absent = [_absent(row, snapshot, node, purpose) for node in route.nodes if node not in shown]

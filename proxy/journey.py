@@ -15,11 +15,14 @@ from typing import Self
 
 from providers.errors import (
     ContextLengthExceeded,
+    Interrupted,
     ProviderError,
+    UpstreamFailed,
     UpstreamModelNotFound,
     UpstreamRateLimited,
 )
 from proxy.candidates import Candidate
+from proxy.errors import GatewayError, RateLimited, UpstreamsLimited
 
 MAX_DIALS = 3
 BACKOFF_SECONDS = (0.05, 0.5)
@@ -59,6 +62,7 @@ class Journey:
         self._budget = budget
         self._retries = 0
         self._failures: list[tuple[Candidate, ProviderError]] = []
+        self._waits: list[float] = []
         self.dials = 0
 
     def __enter__(self) -> Self:
@@ -106,9 +110,8 @@ class Journey:
         committed: the caller has a part of an answer, so that whatever others say of the request, it was a good one.
         """
         self._failures.append((candidate, error))
-        if error.blame == "key" and candidate.spares:
-            spare, *rest = candidate.spares
-            self._untried.appendleft(candidate._replace(credential=spare, spares=tuple(rest)))
+        if error.blame == "key":
+            self._spare(candidate)
         if committed:
             return
         if isinstance(error, ContextLengthExceeded):
@@ -118,19 +121,39 @@ class Journey:
         elif not error.failover:
             raise error
 
+    def passed_over(self, candidate: Candidate, limited: RateLimited) -> None:
+        """The limit of its key left no room for this request: it was not dialled, and has not failed."""
+        self.dials -= 1
+        self._waits.append(limited.retry_after or 1.0)
+        self._spare(candidate)
+
+    def _spare(self, candidate: Candidate) -> None:
+        """Next comes the same with another key, if it has one."""
+        if candidate.spares:
+            spare, *rest = candidate.spares
+            self._untried.appendleft(candidate._replace(credential=spare, spares=tuple(rest)))
+
     def once_more(self, candidate: Candidate) -> None:
         """Dial this one next, for it is asked in another way than before."""
         self._untried.appendleft(candidate)
 
-    def verdict(self) -> ProviderError:
-        """One error for all: 429 and 404 only when every one said so, else the last that is neither."""
+    def verdict(self) -> ProviderError | GatewayError:
+        """One error for all, who gave the caller nothing: 429 and 404 only when every one said so, else the last that is
+        neither. An answer that broke off is no broken stream to a caller who never saw it begin. Who was passed over for
+        want of room says 429, too, and might have had the model.
+        """
         failures = [error for _, error in self._failures]
         others = [
             error for error in failures if not isinstance(error, UpstreamRateLimited | UpstreamModelNotFound)
         ]
+        if others and isinstance(others[-1], Interrupted):
+            return UpstreamFailed("The provider's answer broke off before it was complete.")
         if others:
             return others[-1]
         limited = [error for error in failures if isinstance(error, UpstreamRateLimited)]
+        if self._waits:
+            told = [error.retry_after for error in limited if error.retry_after is not None]
+            return UpstreamsLimited(retry_after=min(self._waits + told))
         return (limited or failures)[-1]
 
 

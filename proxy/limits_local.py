@@ -1,4 +1,4 @@
-"""The arithmetic of the sliding windows, and what one process remembers of each key.
+"""The arithmetic of the sliding windows, and what one process remembers of each scope.
 
 A window of 60 s slides as two fixed halves of its history: what was counted in the current minute, and what was counted in
 the minute before, weighted by how much of it is still inside. The Lua script in limits_lua computes the same. Times are
@@ -48,6 +48,10 @@ class Reading(NamedTuple):
         return WINDOW - self.elapsed if self.previous else 0
 
 
+Readings = tuple[Reading, Reading]
+"""Of requests and of tokens."""
+
+
 @dataclass(slots=True)
 class Window:
     """A counter of this process. `index` is the number of the current minute since the clock began."""
@@ -82,7 +86,7 @@ class Window:
 
 @dataclass(slots=True)
 class Usage:
-    """Requests and tokens of one key."""
+    """Requests and tokens of one scope."""
 
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
@@ -91,13 +95,16 @@ class Usage:
         self.requests.add(now, requests)
         self.tokens.add(now, tokens)
 
+    def read(self, now: int) -> Readings:
+        return self.requests.read(now), self.tokens.read(now)
+
     def empty(self, now: int) -> bool:
         return self.requests.empty(now) and self.tokens.empty(now)
 
 
 @dataclass(slots=True)
-class KeyState:
-    """What this process did for one key.
+class ScopeState:
+    """What this process did for one scope.
 
     admitted: everything it let in, so that it can go on by itself from one request to the next.
     owed: the part of it that Redis has not counted. leased: members Redis should know to be running.
@@ -108,11 +115,6 @@ class KeyState:
     running: int = 0
     leased: set[bytes] = field(default_factory=set)
 
-    def count(self, now: int, *, requests: int, tokens: int) -> int:
-        """Count in the current minute, whose number is answered."""
-        self.admitted.add(now, requests=requests, tokens=tokens)
-        return now // WINDOW
-
     def owe(self, now: int, *, requests: int, tokens: int) -> None:
         """Note what Redis has not counted."""
         self.owed = self.owed or Usage()
@@ -120,36 +122,38 @@ class KeyState:
 
 
 class Book:
-    """The states of all keys this process has lately seen."""
+    """The states of all scopes this process has lately seen, by name."""
 
     def __init__(self) -> None:
-        self._states: dict[str, KeyState] = {}
+        self._states: dict[str, ScopeState] = {}
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def __getitem__(self, key_id: str) -> KeyState:
-        state = self._states.get(key_id)
+    def __getitem__(self, name: str) -> ScopeState:
+        state = self._states.get(name)
         if state is None:
-            state = self._states[key_id] = KeyState()
+            state = self._states[name] = ScopeState()
         return state
 
     def leased(self) -> Iterator[tuple[str, set[bytes]]]:
-        return ((key_id, state.leased) for key_id, state in self._states.items() if state.leased)
+        return ((name, state.leased) for name, state in self._states.items() if state.leased)
 
     def take_owed(self, now: int) -> Iterator[tuple[str, int, int]]:
-        """Key, requests and tokens that Redis has not counted and that still matter. They are owed no longer."""
-        for key_id, state in self._states.items():
+        """Name, requests and tokens that Redis has not counted and that still matter. They are owed no longer."""
+        for name, state in self._states.items():
             owed, state.owed = state.owed, None
             if owed is not None and not owed.empty(now):
-                requests, tokens = owed.requests.read(now), owed.tokens.read(now)
-                yield key_id, _weighted(requests), _weighted(tokens)
+                requests, tokens = owed.read(now)
+                yield name, _weighted(requests), _weighted(tokens)
 
     def forget_idle(self, now: int) -> None:
-        """Drop the keys that run nothing and have empty windows."""
-        idle = [key for key, state in self._states.items() if not state.running and state.admitted.empty(now)]
-        for key in idle:
-            del self._states[key]
+        """Drop the scopes that run nothing and have empty windows."""
+        idle = [
+            name for name, state in self._states.items() if not state.running and state.admitted.empty(now)
+        ]
+        for name in idle:
+            del self._states[name]
 
 
 def duration(microseconds: int) -> bytes:

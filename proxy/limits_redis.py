@@ -48,21 +48,21 @@ class LinkFailed(Exception):
 
 @dataclass(slots=True, eq=False)
 class Operation:
-    """`words` as sent. `again`: sent again once Redis is back, if it was not done; only what may be done twice.
+    """`words` as sent. `again`: what is sent once Redis is back, if it was not done; only what may be done twice.
 
     since: when it was handed to the connection, in the loop's time. resent: it went out on a second connection.
     """
 
     words: Words
     script: Script | None = None
-    again: bool = False
+    again: Words | None = None
     answer: asyncio.Future[object] | None = None
     since: float = 0.0
     resent: bool = False
 
 
-def call(script: Script, *keys: str, words: Words, again: bool = False) -> Operation:
-    return Operation(("EVALSHA", script.digest, len(keys), *keys, *words), script, again)
+def call(script: Script, *keys: str, words: Words) -> Operation:
+    return Operation(("EVALSHA", script.digest, len(keys), *keys, *words), script)
 
 
 class Wire(asyncio.Protocol):
@@ -131,8 +131,8 @@ class Link:
             self._queue.append(operation)
             if self._writing is None and self._lingering is None:
                 self._lingering = asyncio.get_running_loop().call_later(LINGER, self._write)
-        elif operation.again:
-            self._undelivered.append(operation)
+        else:
+            self._keep(operation)
 
     def send_undelivered(self) -> None:
         """Try again what may be done twice."""
@@ -313,11 +313,13 @@ class Link:
             logger.warning("Redis fails (%s), so each process keeps its share of the limits", _reason(error))
 
     def _fail(self, operation: Operation, error: Exception) -> None:
-        if operation.again:
-            operation.since, operation.resent = 0.0, False
-            self._undelivered.append(operation)
+        self._keep(operation)
         if operation.answer is not None and not operation.answer.done():
             operation.answer.set_exception(LinkFailed(_reason(error)))
+
+    def _keep(self, operation: Operation) -> None:
+        if operation.again is not None:
+            self._undelivered.append(Operation(operation.again, operation.script, operation.again))
 
 
 def _has_written(operation: Operation, reply: object) -> bool:

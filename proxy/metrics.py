@@ -17,6 +17,12 @@ ATTEMPTS = Counter(
 )
 REFUSED = Counter("penstock_refused_total", "Requests refused before any provider was dialled.", ["code"])
 TOKENS = Counter("penstock_tokens_total", "Tokens, as counted or estimated.", ["provider", "direction"])
+COST = Counter("penstock_cost_dollars_total", "US dollars, where the price is known.", ["provider"])
+UNPRICED = Counter(
+    "penstock_unpriced_total",
+    "Attempts that a provider answered and nobody knows the price of.",
+    ["provider"],
+)
 FIRST_TOKEN = Histogram(
     "penstock_time_to_first_token_seconds",
     "From dialling to the first content of a stream.",
@@ -41,15 +47,25 @@ SHEDDING = Gauge(
 CIRCUITS_OPEN = Gauge(
     "penstock_circuits_open", "Providers that are left alone for a while.", multiprocess_mode="livemax"
 )
+PRICE_LIST_BROKEN = Gauge(
+    "penstock_price_list_broken",
+    "1 while the price list cannot be used and prices stay as they were.",
+    multiprocess_mode="livemax",
+)
 
 
-def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage) -> None:
+def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage, cost: int | None) -> None:
+    """cost: nano-dollars."""
     _series(ATTEMPTS, provider, status).inc()
     if ttft_ms is not None:
         _series(FIRST_TOKEN, provider).observe(ttft_ms / 1000)
     if usage.prompt or usage.completion:
         _series(TOKENS, provider, "in").inc(usage.prompt)
         _series(TOKENS, provider, "out").inc(usage.completion)
+        if cost is None:
+            _series(UNPRICED, provider).inc()
+    if cost:
+        _series(COST, provider).inc(cost / 1_000_000_000)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,3 +83,4 @@ def weather(gateway: Gateway) -> None:
     SPOOL_TROUBLE.set(gateway.spool.problem is not None)
     SHEDDING.set(gateway.overload.shedding)
     CIRCUITS_OPEN.set(len(gateway.breakers.open()))
+    PRICE_LIST_BROKEN.set(gateway.watcher.snapshot.price_list_broken)

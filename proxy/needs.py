@@ -85,11 +85,6 @@ def misfit(facts: ModelFacts, needs: Needs) -> Misfit | None:
     return None
 
 
-def fits(facts: ModelFacts, needs: Needs) -> bool:
-    """Whether the model may be able to take the request."""
-    return misfit(facts, needs) is None
-
-
 def _lacks(facts: ModelFacts, ability: str) -> bool:
     known = facts.capabilities
     return bool(known & MENTIONS[ability]) and not known & WORDS[ability]

@@ -50,7 +50,7 @@ async def chat(gateway: Gateway, request: Request, sink: Sink) -> None:
     running = gateway.registry.enter(caller, request.id)
     try:
         async with gateway.limits.hold(
-            caller, member=request.id, tokens=request.length // BYTES_PER_TOKEN
+            caller.scopes, member=request.id, tokens=request.length // BYTES_PER_TOKEN
         ) as held:
             body = await request.body()
             async with request.left(running):

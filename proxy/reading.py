@@ -111,7 +111,7 @@ class AnswerReader:
         self.events += meaning.commits
         if meaning.finish_reason is not None:
             self.finish_reason = self.finish_reason or meaning.finish_reason
-            self._choices -= 1
+            self._choices -= meaning.finished
             self.complete = self._choices <= 0
         elif meaning.commits and meaning.usage is None:
             self._like = self._chat.around_text(event.raw)

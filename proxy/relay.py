@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from providers import upstream
 from providers.errors import Interrupted, ProtocolError, ProviderError, Stalled
 from providers.upstream import Reply
 from providers.wire import Chat
-from proxy.attempts import Attempt, Call
+from proxy import scopes
+from proxy.attempts import BYTES_PER_TOKEN, Attempt, Call
 from proxy.candidates import Candidate
+from proxy.errors import RateLimited
 from proxy.gateway import Gateway
 from proxy.journey import Journey
+from proxy.limits import Held
 from proxy.outcomes import Noted
 from proxy.patience import Patience
 from proxy.reading import AnswerReader
@@ -50,15 +54,19 @@ async def run(gateway: Gateway, call: Call, sink: Sink) -> None:
     with Journey(call.plan.candidates, gateway.retries) as journey:
         while (candidate := await _next(journey, sink, resumption)) is not None:
             try:
-                with (
-                    Attempt(call, candidate, journey.dials, gateway.spool) as attempt,
-                    Noted(gateway, attempt),
-                ):
-                    if call.chat.stream:
-                        await _stream(gateway, attempt, sink, resumption)
-                    else:
-                        await _plain(gateway, attempt, sink)
+                async with _place(gateway, call, candidate) as place:
+                    with (
+                        Attempt(call, candidate, journey.dials, gateway.spool, place) as attempt,
+                        Noted(gateway, attempt),
+                    ):
+                        if call.chat.stream:
+                            await _stream(gateway, attempt, sink, resumption)
+                        else:
+                            await _plain(gateway, attempt, sink)
                 return
+            except RateLimited as limited:
+                call.passed_over(candidate)
+                journey.passed_over(candidate, limited)
             except ProviderError as error:
                 # It may be kept, and must not hold the frames it came through: they hold us, and whole answers.
                 error.__traceback__ = error.__cause__ = error.__context__ = None
@@ -71,6 +79,16 @@ async def run(gateway: Gateway, call: Call, sink: Sink) -> None:
                 else:
                     journey.failed(candidate, error, committed=True)
         raise (resumption and resumption.broke) or journey.verdict()
+
+
+def _place(gateway: Gateway, call: Call, candidate: Candidate) -> AbstractAsyncContextManager[Held]:
+    """A place within the limits of the provider's key, where it has any. Entering raises RateLimited."""
+    return gateway.limits.hold(
+        scopes.of_credential(candidate.credential),
+        member=call.running.request_id,
+        tokens=call.body_bytes // BYTES_PER_TOKEN,
+        alone=call.held.alone,
+    )
 
 
 async def _next(journey: Journey, sink: Sink, resumption: Resumption | None) -> Candidate | None:

@@ -14,7 +14,7 @@ import orjson
 
 from providers import sse
 from providers.adapters.json_values import mapping
-from providers.errors import AnotherAnswer, ProviderError, UpstreamRefused
+from providers.errors import AnotherAnswer, Interrupted, ProviderError, UpstreamRefused
 from providers.wire import Chat, Event, Usage
 from proxy.reading import AnswerReader
 
@@ -171,23 +171,29 @@ class Seam:
     """
 
     def __init__(self, before: str, stops: list[str]) -> None:
+        keep = max(map(len, stops), default=1) - 1
+        self._before = before[-keep:] if keep else ""
         self._stops = stops
-        self._keep = max(map(len, stops), default=1) - 1
-        self._text = before[-self._keep :] if self._keep else ""
-        self._old = len(self._text)
+        self._held = ""
         self.stopped = False
 
     def cross(self, text: str) -> str:
-        """`text`, or nothing when a stop string that began before the seam is complete with it."""
-        if not self._old:
+        """What may be told now: nothing while a stop string that began before the seam may still become whole."""
+        if not self._before:
             return text
-        joined = self._text + text
-        if any(-1 < joined.find(stop) < self._old for stop in self._stops):
-            self.stopped = True
+        self._held += text
+        joined, old = self._before + self._held, len(self._before)
+        if any(-1 < joined.find(stop) < old for stop in self._stops):
+            self.stopped, self._held = True, ""
             return ""
-        self._text = joined[-self._keep :]
-        self._old = max(0, self._old - (len(joined) - len(self._text)))
-        return text
+        if any(stop.startswith(joined[start:]) for stop in self._stops for start in range(old)):
+            return ""
+        return self.rest()
+
+    def rest(self) -> str:
+        """What was held back, once nothing can follow that would make a stop string of it."""
+        held, self._held, self._before = self._held, "", ""
+        return held
 
 
 class ContinuationReader(AnswerReader):
@@ -213,6 +219,9 @@ class ContinuationReader(AnswerReader):
 
     def _take(self, event: sse.RawEvent, meaning: Event) -> None:
         super()._take(event, meaning)
+        if meaning.done and self._seam.rest():
+            # It ended without a reason, and in the middle of what would have been one.
+            self.complete, self.failure = False, Interrupted()
         if self.complete and self._expected and self.failure is None:
             self._held.clear()
             self.failure = AnotherAnswer(
@@ -224,6 +233,8 @@ class ContinuationReader(AnswerReader):
         keeps = False
         for choice in filter(mapping, chunk.get("choices") or ()):
             choice["delta"] = delta = self._delta(mapping(choice.get("delta")))
+            if choice.get("finish_reason") is not None and (rest := self._seam.rest()):
+                delta["content"] = rest + delta.get("content", "")
             if self._seam.stopped:
                 choice["finish_reason"] = self.finish_reason = "stop"
                 self.complete = self.done = True

@@ -68,6 +68,8 @@ class Final(TypedDict, total=False):
     cache_write_tokens: int
     reasoning_tokens: int
     tokens_source: str
+    cost_nanodollars: int | None
+    price_id: int | None
     ttft_ms: int | None
     duration_ms: int | None
     bytes_out: int

@@ -23,7 +23,17 @@ from proxy.errors import (
 )
 from proxy.needs import NAMES, NOTHING, UNKNOWN, Misfit, Needs, misfit, same_dimensions
 from proxy.snapshot import Choice, Snapshot, Upstream
-from proxy.strategies import ROUTES, Node, Option, Ranked, Route, RouteState, matches
+from proxy.strategies import (
+    ROUTES,
+    Node,
+    Option,
+    PriceToCompare,
+    Ranked,
+    Route,
+    RouteState,
+    matches,
+    unknown_price,
+)
 from proxy.weather import Weather
 
 MOST_MODELS = 20
@@ -101,15 +111,29 @@ def plan(
     if standing.described:
         able, left_out = fitting(snapshot, able, purpose=purpose, needs=needs())
     if standing.calm is not None and not left_out and conditions.nothing_against(standing.providers):
-        return standing.calm
+        return _priced(snapshot, standing.calm)
     resolved = standing.resolved
     if resolved.route is not None:
-        order = ranked(routes, resolved.route, able, conditions, hint=resolved.hint)
+        order = ranked(
+            routes, resolved.route, able, conditions, hint=resolved.hint, price=snapshot.price_to_compare
+        )
         able = [each for each, _ in order]
     found = sort_out(able, conditions, turn=routes.turn_of_key, window=functools.partial(_window, snapshot))
     if not found.candidates:
         raise _nobody(found)
-    return Plan(resolved.rule, model, tuple(found.candidates), (*left_out, *found.trace), resolved.resume)
+    return _priced(
+        snapshot,
+        Plan(resolved.rule, model, tuple(found.candidates), (*left_out, *found.trace), resolved.resume),
+    )
+
+
+def _priced(snapshot: Snapshot, plan: Plan) -> Plan:
+    """The plan at the prices of this moment: some have a date or an hour from which they hold."""
+    prices = [snapshot.price(each.upstream.id, each.model) for each in plan.candidates]
+    if all(price is each.price for price, each in zip(prices, plan.candidates, strict=True)):
+        return plan
+    priced = zip(prices, plan.candidates, strict=True)
+    return plan._replace(candidates=tuple(each._replace(price=price) for price, each in priced))
 
 
 def _standing(snapshot: Snapshot, caller: Caller, *, purpose: str, model: str, provider_id: str) -> Standing:
@@ -152,7 +176,10 @@ def _worked_out(
     if resolved.route is None and all(len(upstream.credentials) < 2 for upstream, _ in able):
         found = sort_out(able, Conditions(Weather()), window=functools.partial(_window, snapshot))
         if found.candidates:
-            calm = Plan(resolved.rule, model, tuple(found.candidates), tuple(found.trace), resolved.resume)
+            calm = _priced(
+                snapshot,
+                Plan(resolved.rule, model, tuple(found.candidates), tuple(found.trace), resolved.resume),
+            )
     return Standing(resolved, able, frozenset(upstream.id for upstream, _ in able), described, calm)
 
 
@@ -276,6 +303,7 @@ def ranked(
     *,
     hint: str = "",
     peek: bool = False,
+    price: PriceToCompare = unknown_price,
 ) -> list[tuple[Named, Ranked]]:
     """The order that the route's strategy gives its choices; `peek` leaves everybody's turn as it is.
 
@@ -286,7 +314,8 @@ def ranked(
     options = [Option(choice.node, choice.model) for _, choice in few if choice.node is not None]
     avoid = frozenset((*conditions.weather.down, *conditions.open_circuits))
     return [
-        (few[each.index], each) for each in routes.order(route, options, hint=hint, avoid=avoid, peek=peek)
+        (few[each.index], each)
+        for each in routes.order(route, options, hint=hint, avoid=avoid, peek=peek, price=price)
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,10 +24,15 @@ from providers.errors import UnknownKind
 from providers.fields import raw
 from providers.keyring import WrongEncryptionKey
 from providers.models import ActiveTarget, ApiKey, Provider, UpstreamModel
-from providers.wire import Credential, Endpoint, Kind, Purpose, origin_of
+from providers.wire import Credential, Endpoint, Kind, Purpose, Quota, origin_of
+from proxy import prices as price_table
 from proxy.auth import Caller
-from proxy.models import GatewayKey, ModelRoute, RouteNode
+from proxy.models import GatewayKey, ModelRoute, OwnerLimits, PriceList, RouteNode
 from proxy.needs import UNKNOWN, ModelFacts
+from proxy.owners import text_of
+from proxy.price_book import PriceBook
+from proxy.price_source import vendor_of
+from proxy.pricing import Price
 from proxy.strategies import Node, Route
 
 logger = logging.getLogger(__name__)
@@ -54,6 +60,11 @@ class Upstream:
     def slug(self) -> str:
         return self.endpoint.slug
 
+    @property
+    def vendor(self) -> str:
+        """Whose price list its models are in."""
+        return vendor_of(self.endpoint.kind, self.endpoint.base_url)
+
 
 class Choice(NamedTuple):
     """A model of a provider that may be asked; without `credential`, all keys of the provider serve.
@@ -79,6 +90,8 @@ class Snapshot:
     facts: Mapping[tuple[int, str], ModelFacts] = field(default_factory=dict)
     active: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
     routes: Mapping[str, Route] = field(default_factory=dict)
+    prices: PriceBook = field(default_factory=PriceBook)
+    price_list_broken: bool = False
     standings: dict[Any, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def caller_is_good(self, caller: Caller, now: float) -> bool:
@@ -89,6 +102,18 @@ class Snapshot:
     def facts_of(self, provider_id: int, model: str) -> ModelFacts:
         """What is known of a model; nothing of one that its provider does not list."""
         return self.facts.get((provider_id, model), UNKNOWN)
+
+    def price(self, provider_id: int, model: str) -> Price | None:
+        """What a model costs now; None when nobody knows, which is not the same as free."""
+        upstream = self.upstreams.get(provider_id)
+        if upstream is None:
+            return None
+        return self.prices.price(provider_id, upstream.vendor, model, time.time())
+
+    def price_to_compare(self, provider_id: int, model: str) -> float | None:
+        """US dollars per million tokens, to compare models by."""
+        price = self.price(provider_id, model)
+        return None if price is None else price.blended
 
 
 def build() -> Snapshot:
@@ -105,6 +130,8 @@ def build() -> Snapshot:
         upstreams = {each.id: each for each in _upstreams(credentials, models)}
         active = _active()
         routes = {route.name: route for route in _routes()}
+        prices = price_table.book({each.vendor for each in upstreams.values()}, upstreams.keys())
+        price_list_broken = PriceList.objects.exclude(problem="").exists()
     return Snapshot(
         version=version,
         callers=callers,
@@ -119,6 +146,8 @@ def build() -> Snapshot:
         },
         active=active,
         routes=routes,
+        prices=prices,
+        price_list_broken=price_list_broken,
     )
 
 
@@ -161,16 +190,18 @@ def _readable(rows: Iterable[Row], make: Callable[[Row], Made]) -> Iterator[Made
 
 
 def _callers() -> Iterator[Caller]:
-    rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner")
-    return _readable((row for row in rows.iterator() if row.owner is None or row.owner.is_active), _caller)
+    rows = GatewayKey.objects.filter(enabled=True, revoked_at=None).select_related("owner", "team")
+    good = (row for row in rows.iterator() if row.owner is None or row.owner.is_active)
+    quotas = {(row.owner_id, row.team_id): row.quota() for row in OwnerLimits.objects.all()}
+    return _readable(good, lambda row: _caller(row, quotas.get((row.owner_id, row.team_id))))
 
 
-def _caller(row: GatewayKey) -> Caller:
+def _caller(row: GatewayKey, owner_quota: Quota | None) -> Caller:
     return Caller(
         id=row.pk,
         key_id=row.key_id,
         name=row.name,
-        owner=row.owner.get_username() if row.owner else "",
+        owner=text_of(row.holder),
         digest=raw(row.hmac),
         pepper=row.pepper,
         previous_digest=raw(row.previous_hmac),
@@ -183,6 +214,9 @@ def _caller(row: GatewayKey) -> Caller:
         resume=row.resume_streams,
         allowed_models=tuple(_texts(row.allowed_models)),
         allowed_networks=tuple(ipaddress.ip_network(each) for each in _texts(row.allowed_networks)),
+        user_id=row.owner_id,
+        team_id=row.team_id,
+        owner_quota=owner_quota,
     )
 
 

@@ -24,15 +24,19 @@ EXPLORE_EVERY = 10
 MOST_STEPS = 256
 """How far a rotation is turned before its first use."""
 
-Price = Callable[[int, str], float | None]
-"""(provider id, model) to a price per token, in any unit that is the same for all; None where it is unknown."""
+PriceToCompare = Callable[[int, str], float | None]
+"""(provider id, model) to US dollars per million tokens; None where it is unknown."""
+
+
+def unknown_price(provider_id: int, model: str) -> float | None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
     """A place where a route may lead. `models` empty: those of the provider. `strategy` empty: the route's.
 
-    price: what its operator wrote into `metadata["price"]`, for when nobody knows better.
+    price: what its operator wrote into `metadata["price"]`, US dollars per million tokens; it beats the price that is known.
     """
 
     id: int
@@ -86,7 +90,7 @@ def why(ranked: Ranked) -> str:
         "weighted": "by weight" if ranked.measure == 0 else "weight 0, only as a fallback",
         "least-busy": f"{ranked.measure:.0f} requests in flight" if known else "",
         "fastest": f"{ranked.measure:.0f} ms to the first token" if known else "speed not known",
-        "cheapest": f"price {ranked.measure:g}" if known else "price not known",
+        "cheapest": f"${ranked.measure:g} for a million tokens" if known else "price not known",
     }
     if ranked.strategy == "fastest" and ranked.measure < 0:
         return "speed not known, tried to find out"
@@ -176,19 +180,16 @@ class _Memory:
 class RouteState:
     """What one process knows beyond configuration: whose turn it is, who is busy, who is fast.
 
-    began, ended: a request at a provider. price: see `Price`; what it does not know is looked up in the node. chance: a
-    random number below its argument.
+    began, ended: a request at a provider. chance: a random number below its argument.
     Safe to use from several threads.
     """
 
     def __init__(
         self,
         *,
-        price: Price = lambda provider_id, model: None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[int], int] = random.randrange,
     ) -> None:
-        self.price = price
         self.speeds = Speeds()
         self.in_flight: Counter[int] = Counter()
         self._clock = clock
@@ -228,10 +229,12 @@ class RouteState:
         hint: str = "",
         avoid: Collection[int] = (),
         peek: bool = False,
+        price: PriceToCompare = unknown_price,
     ) -> list[Ranked]:
         """All options, in the order to try them.
 
-        avoid: providers that cannot answer now; they take no turns and come last. peek: remember nothing of it.
+        avoid: providers that cannot answer now; they take no turns and come last. peek: remember nothing of it. price: of
+        options whose node has none of its own.
         """
         with self._lock:
             groups = self._groups(route)
@@ -242,7 +245,7 @@ class RouteState:
                 served = served or asked
                 # Only those who are asked take a turn; the groups behind them wait with theirs.
                 group = groups[key] if asked else groups[key].copy()
-                ordered += self._ranked(group, strategy, options, indexes, avoid)
+                ordered += self._ranked(group, strategy, options, indexes, avoid, price)
             if avoid:
                 ordered.sort(key=lambda each: options[each.index].node.provider_id in avoid)
             return ordered
@@ -291,11 +294,12 @@ class RouteState:
         options: Sequence[Option],
         indexes: Sequence[int],
         avoid: Collection[int],
+        price: PriceToCompare,
     ) -> list[Ranked]:
         """One of the best takes its turn; behind it the others by measure, and by how near their own turn is."""
         group.turns += 1
         late = _lateness(strategy, options, indexes)
-        ranked = {index: self._measured(group, strategy, options[index], index) for index in indexes}
+        ranked = {index: self._measured(group, strategy, options[index], index, price) for index in indexes}
         standing = {
             index: (options[index].node.provider_id in avoid, late[index], ranked[index].measure)
             for index in indexes
@@ -312,7 +316,9 @@ class RouteState:
 
         return [ranked[index] for index in sorted(indexes, key=place)]
 
-    def _measured(self, group: _Group, strategy: str, option: Option, index: int) -> Ranked:
+    def _measured(
+        self, group: _Group, strategy: str, option: Option, index: int, price: PriceToCompare
+    ) -> Ranked:
         node, unknown = option.node, math.inf
         measure = 0.0
         if strategy == "failover":
@@ -326,9 +332,8 @@ class RouteState:
             explored = -1.0 if group.turns % EXPLORE_EVERY == 0 else unknown
             measure = explored if speed is None else speed
         elif strategy == "cheapest":
-            price = self.price(node.provider_id, option.model)
-            price = node.price if price is None else price
-            measure = unknown if price is None else price
+            known = price(node.provider_id, option.model) if node.price is None else node.price
+            measure = unknown if known is None else known
         return Ranked(index, strategy, measure)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, connection, transaction
 from django.utils import timezone
 
-from proxy import key_use, segments
+from proxy import key_use, segments, usage_hours
 from proxy.models.usage import SpoolSegment, UsageStatus
 from proxy.usage_rows import Row, insert, usage_row
 
@@ -185,8 +185,8 @@ def _insert(name: str, records: list[dict[str, Any]]) -> int:
     try:
         with transaction.atomic():
             SpoolSegment.objects.create(name=name, drained_at=timezone.now(), records=len(rows))
-            for first in range(0, len(rows), BATCH):
-                key_use.count(insert(rows[first : first + BATCH]))
+            new = [row for first in range(0, len(rows), BATCH) for row in insert(rows[first : first + BATCH])]
+            _count(new)
     except (DataError, IntegrityError, ValueError) as error:
         if SpoolSegment.objects.filter(name=name).exists():
             return 0  # somebody else inserted it between our question and our answer
@@ -203,11 +203,17 @@ def _insert_singly(name: str, rows: list[Row]) -> int:
         for row in rows:
             try:
                 with transaction.atomic():
-                    key_use.count(insert([row]))
+                    _count(insert([row]))
             except (DataError, IntegrityError, ValueError):
                 rejected += 1
                 logger.exception("usage record %s was rejected", row["id"])
     return rejected
+
+
+def _count(new: list[Row]) -> None:
+    """Add new rows to all sums; once for a whole transaction, so that two drainers lock the sums in the same order."""
+    key_use.count(new)
+    usage_hours.count(new)
 
 
 def _clear_rubbish(directory: Path) -> None:

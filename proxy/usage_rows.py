@@ -58,9 +58,10 @@ def usage_row(record: Mapping[str, Any]) -> Row | None:
     values["http_status"] = _whole(record, "http_status", wrong, MAX_SMALL)
     values["status"] = _choice(record, "status", STATUSES, UsageStatus.ERROR, wrong)
     values["tokens_source"] = _choice(record, "tokens_source", SOURCES, TokensSource.NONE, wrong)
+    values["cost_nanodollars"], values["price_id"] = _cost(record, wrong)
     values["created_at"] = _moment(record, key, wrong)
     values["trace"] = _trace(record.get("trace"), wrong)
-    return {"id": key, "cost_nanodollars": None, "price_id": None, **values}
+    return {"id": key, **values}
 
 
 def insert(rows: Sequence[Row]) -> list[Row]:
@@ -129,6 +130,16 @@ def _whole(record: Mapping[str, Any], name: str, wrong: list[str], most: int = M
     if type(value) is int or (type(value) is float and not math.isnan(value)):
         return int(max(0, min(value, most)))
     return None
+
+
+def _cost(record: Mapping[str, Any], wrong: list[str]) -> tuple[int | None, int | None]:
+    """A cost and the price it was made of; one without the other is worth nothing, and said to be wrong."""
+    cost, price_id = (_whole(record, name, wrong) for name in ("cost_nanodollars", "price_id"))
+    if cost is not None and price_id is not None:
+        return cost, price_id
+    if (cost is not None or price_id is not None) and "cost_nanodollars" not in wrong:
+        wrong.append("cost_nanodollars")
+    return None, None
 
 
 def _text(value: Any, size: int) -> str:

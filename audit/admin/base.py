@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from django.apps import apps
 from django.contrib import admin
 from django.db.models import Model
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
@@ -15,6 +16,7 @@ from django.utils.text import capfirst
 from audit.admin.door import write
 from audit.admin.versions import ModelForm, VersionedForm
 from audit.changes import identity_of
+from audit.roles import WRITTEN_BY_NOBODY
 
 if TYPE_CHECKING:
     ModelAdmin = admin.ModelAdmin[Any]
@@ -41,8 +43,8 @@ LOOKUPS = (
 class AuditedAdmin(ModelAdmin):
     """A ModelAdmin whose every POST is one recorded change.
 
-    derived: models whose rows come and go by themselves; deleting their parent needs no permission for them and does
-        not list them. unrecorded_actions: actions that dial somebody, so they enter the door for changes on their own.
+    derived: models whose rows come and go by themselves, beside those that the gateway alone writes; deleting their parent
+        needs no permission for them and does not list them. unrecorded_actions: actions that dial somebody, so they enter the door for changes on their own.
     object_views: (path, method) below an object's address. extra_lookups: lookups in addresses made by our own links.
     """
 
@@ -124,7 +126,8 @@ class AuditedAdmin(ModelAdmin):
 
     def get_deleted_objects(self, objs: Any, request: HttpRequest) -> Any:
         listed, counts, lacking, protected = super().get_deleted_objects(objs, request)
-        names = {str(model._meta.verbose_name) for model in self.derived}
+        models = {*self.derived, *map(apps.get_model, WRITTEN_BY_NOBODY)}
+        names = {str(model._meta.verbose_name) for model in models}
         return (
             pruned(listed, tuple(f"{capfirst(name)}: " for name in names)),
             counts,

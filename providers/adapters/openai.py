@@ -112,10 +112,11 @@ def read_event(data: bytes) -> Event:
     if choices is not None and not isinstance(choices, list):
         raise errors.ProtocolError(detail="`choices` is not a list")
     usage = read_usage(chunk)
-    finish = _finish_reason(choices or ())
+    reasons = _finish_reasons(choices or ())
     return Event(
-        commits=finish is not None or any(_commits(choice) for choice in choices or ()),
-        finish_reason=finish,
+        commits=bool(reasons) or any(_commits(choice) for choice in choices or ()),
+        finish_reason=reasons[0] if reasons else None,
+        finished=len(reasons),
         usage=usage,
         usage_only=choices == [] and isinstance(chunk.get("usage"), dict),
     )
@@ -139,11 +140,9 @@ def _audio(delta: Mapping[str, Any]) -> bool:
     return bool(audio.get("data") or audio.get("transcript"))
 
 
-def _finish_reason(choices: Iterable[Any]) -> str | None:
-    """The first one there is, as the provider wrote it: an unknown reason is never called `stop`."""
-    return next(
-        (reason for choice in choices if (reason := text(mapping(choice).get("finish_reason")))), None
-    )
+def _finish_reasons(choices: Iterable[Any]) -> list[str]:
+    """As the provider wrote them: an unknown reason is never called `stop`."""
+    return [reason for choice in choices if (reason := text(mapping(choice).get("finish_reason")))]
 
 
 def read_usage(payload: Mapping[str, Any]) -> Usage | None:
@@ -184,7 +183,7 @@ def read_completion(body: bytes) -> Completion:
         raise errors.EmptyResponse(detail="`choices` is empty")
     if not isinstance(choices, list):
         raise errors.ProtocolError(detail="there are no `choices`")
-    return Completion(usage=read_usage(payload), finish_reason=_finish_reason(choices))
+    return Completion(usage=read_usage(payload), finish_reason=next(iter(_finish_reasons(choices)), None))
 
 
 def models(address: Address, *, path: str = "/models", prefix: str = "") -> Models:

@@ -62,3 +62,18 @@ def health_badge(provider: Provider) -> SafeString:
 
 def _interval(provider: Provider) -> float:
     return provider.probe_interval_seconds or float(settings.HEALTH_CHECK_INTERVAL_SECONDS)
+
+
+def counted(row: object, name: str) -> str:
+    """A counter of the row of use that belongs to a key or provider, which has none before its first use."""
+    return f"{getattr(getattr(row, 'use', None), name, 0):,}"
+
+
+def spent(row: object) -> str:
+    """What the attempts of a key or provider whose price is known have cost."""
+    return money(getattr(getattr(row, "use", None), "cost_nanodollars", 0) / 1e9)
+
+
+def money(dollars: float) -> str:
+    """In dollars and cents, or as much of a cent as it is."""
+    return f"${dollars:,.2f}" if dollars >= 1 or not dollars else f"${dollars:.6f}"

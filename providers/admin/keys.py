@@ -12,16 +12,27 @@ from django.utils.safestring import SafeString
 from audit.admin import AuditedAdmin
 from audit.roles import may
 from providers import keys
-from providers.admin.badges import ago, badge
+from providers.admin.badges import ago, badge, counted, spent
 from providers.admin.forms import ApiKeyForm
 from providers.admin.places import uses_of_keys
 from providers.models import ApiKey, KeyUse
+from providers.models.limited import LIMITS
 
 
 @admin.register(ApiKey)
 class ApiKeyAdmin(AuditedAdmin):
     form = ApiKeyForm
-    list_display = ("name", "provider", "stored", "state", "weight", "requests", "last_used")
+    list_display = (
+        "name",
+        "provider",
+        "stored",
+        "state",
+        "weight",
+        "requests",
+        "tokens",
+        "cost",
+        "last_used",
+    )
     list_filter = ("enabled", "is_default", "provider")
     list_select_related = ("provider", "use")
     search_fields = ("name", "provider__name")
@@ -29,6 +40,14 @@ class ApiKeyAdmin(AuditedAdmin):
     fieldsets = (
         (None, {"fields": ("provider", "name", "api_key", "enabled")}),
         ("Several keys of one provider", {"fields": ("is_default", "weight")}),
+        (
+            "Limits",
+            {
+                "fields": LIMITS,
+                "description": "What is asked with this key at the most, to stay below the vendor's own limits. Requests beyond "
+                "that go to the next key or provider. Empty: no limit.",
+            },
+        ),
         ("Notes", {"classes": ("collapse",), "fields": ("metadata",)}),
     )
 
@@ -51,9 +70,16 @@ class ApiKeyAdmin(AuditedAdmin):
         return badge("default", "good") if key.is_default else badge("in use", "good")
 
     @admin.display(description="Requests", ordering="use__requests_count")
-    def requests(self, key: ApiKey) -> int:
-        use = getattr(key, "use", None)
-        return use.requests_count if use is not None else 0
+    def requests(self, key: ApiKey) -> str:
+        return counted(key, "requests_count")
+
+    @admin.display(description="Tokens", ordering="use__tokens_used")
+    def tokens(self, key: ApiKey) -> str:
+        return counted(key, "tokens_used")
+
+    @admin.display(description="Cost", ordering="use__cost_nanodollars")
+    def cost(self, key: ApiKey) -> str:
+        return spent(key)
 
     @admin.display(description="Last used", ordering="use__last_used_at")
     def last_used(self, key: ApiKey) -> str:
@@ -66,7 +92,7 @@ class ApiKeyAdmin(AuditedAdmin):
             return ()
         if may(request.user, "api_keys", "change"):
             return ("provider",)
-        return ("provider", "name", "enabled", "is_default", "weight", "metadata")
+        return ("provider", "name", "enabled", "is_default", "weight", *LIMITS, "metadata")
 
     def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
         form = super().get_form(request, obj, change, **kwargs)

@@ -14,11 +14,11 @@ from audit.admin import AuditedAdmin
 from audit.roles import may
 from providers import keys
 from providers.adapters import KINDS, SELF_HOSTED
-from providers.admin.badges import badge, health_badge
+from providers.admin.badges import badge, counted, health_badge, spent
 from providers.admin.forms import ServerForm, VendorForm
 from providers.admin.health import HealthViews
 from providers.admin.places import uses_of_providers
-from providers.models import HealthCheck, KeyUse, Provider, ProviderHealth, Server, UpstreamModel
+from providers.models import HealthCheck, KeyUse, Provider, ProviderHealth, ProviderUse, Server, UpstreamModel
 
 PURPOSES = ("use_for_chat", "use_for_embeddings", "use_for_reranking")
 TIMEOUTS = (
@@ -58,13 +58,16 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
         "kind",
         "address",
         "priority",
+        "requests",
+        "tokens",
+        "cost",
     )
     list_filter: ClassVar[Any] = ("enabled", HealthFilter, "kind", *PURPOSES)
-    list_select_related: ClassVar[Any] = ("health",)
+    list_select_related: ClassVar[Any] = ("health", "use")
     ordering: ClassVar[Any] = ("-enabled", "priority", "id")
     search_fields = ("name", "slug", "base_url")
     search_help_text = "Search by name, slug or address"
-    derived = (ProviderHealth, HealthCheck, KeyUse, UpstreamModel)
+    derived = (ProviderHealth, ProviderUse, HealthCheck, KeyUse, UpstreamModel)
     kinds: ClassVar[frozenset[str]]
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
@@ -93,6 +96,18 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
         if provider.keys_count:
             return str(provider.keys_count)
         return badge("needs a key", "warn") if KINDS[provider.kind].needs_key else "-"
+
+    @admin.display(description="Requests", ordering="use__requests_count")
+    def requests(self, provider: Provider) -> str:
+        return counted(provider, "requests_count")
+
+    @admin.display(description="Tokens", ordering="use__tokens_used")
+    def tokens(self, provider: Provider) -> str:
+        return counted(provider, "tokens_used")
+
+    @admin.display(description="Cost", ordering="use__cost_nanodollars")
+    def cost(self, provider: Provider) -> str:
+        return spent(provider)
 
     def get_form(self, request: HttpRequest, obj: Any = None, change: bool = False, **kwargs: Any) -> Any:
         form = super().get_form(request, obj, change, **kwargs)
@@ -159,7 +174,17 @@ class ServerAdmin(EndpointAdmin):
 class ProviderAdmin(EndpointAdmin):
     form = VendorForm
     kinds = frozenset(KINDS) - SELF_HOSTED
-    list_display = ("name", "health_now", "models", "stored_keys", "address", "priority")
+    list_display = (
+        "name",
+        "health_now",
+        "models",
+        "stored_keys",
+        "address",
+        "priority",
+        "requests",
+        "tokens",
+        "cost",
+    )
     fieldsets = (
         (None, {"fields": ("name", "kind", "base_url", "api_key", "enabled")}),
         ("What it is used for", {"fields": (PURPOSES, "priority")}),

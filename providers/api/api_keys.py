@@ -21,6 +21,7 @@ from providers.adapters import SELF_HOSTED
 from providers.api.trials import KeyTrialSerializer, try_key
 from providers.api.values import KeyField, check_store
 from providers.models import ApiKey, KeyUse, Provider
+from providers.models.limited import LIMITS
 
 USE = ("requests_count", "tokens_used", "cost_usd", "last_used_at")
 TROUBLES = ("rejected_at", "undecryptable_at")
@@ -77,7 +78,7 @@ class ApiKeySerializer(StrictSerializer[ApiKey]):
         model = ApiKey
         fields: ClassVar[Any] = (
             "id", "provider", "key_name", "api_key", "masked_key", "enabled", "is_active", "is_default",
-            "use_for_ops_center", "weight", "metadata", *USE, *TROUBLES, "created_by", "created_at",
+            "use_for_ops_center", "weight", *LIMITS, "metadata", *USE, *TROUBLES, "created_by", "created_at",
             "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("created_by",)

@@ -13,7 +13,7 @@ from audit.api_views import StrictSerializer, blaming
 from providers import keys
 from providers.adapters import KINDS, SELF_HOSTED
 from providers.api.values import KeyField, ModelNames, check_store, write_models
-from providers.models import ApiKey, Provider, ProviderHealth, Server, Status, Verdict
+from providers.models import ApiKey, Provider, ProviderHealth, ProviderUse, Server, Status, Verdict
 from providers.wire import origin_of
 
 P = TypeVar("P", bound=Provider)
@@ -27,6 +27,7 @@ HEALTH = (
     "last_health_check",
     "models_count",
 )
+COUNTERS = ("requests_count", "tokens_used", "cost_usd", "last_used_at")
 USES = ("use_for_chat", "use_for_embeddings", "use_for_reranking")
 TUNING = (
     "connect_timeout_seconds",
@@ -37,8 +38,8 @@ TUNING = (
 )
 COLUMNS = (
     "id", "slug", "name", "kind", "base_url", "api_key", "masked_key", "models", "custom_headers", "enabled", "is_active",
-    "priority", *USES, "model_path", "allow_private", "ca_pem", *TUNING, *HEALTH, "last_tested_at", "metadata", "created_by",
-    "created_at", "updated_at",
+    "priority", *USES, "model_path", "allow_private", "ca_pem", *TUNING, *HEALTH, "last_tested_at", *COUNTERS, "metadata",
+    "created_by", "created_at", "updated_at",
 )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ SERVER_KINDS = kinds(SELF_HOSTED)
 
 class ProviderSerializer(StrictSerializer[P]):
     aliases: ClassVar = {"is_active": "enabled"}
-    volatile: ClassVar = frozenset({*HEALTH, "last_tested_at", "updated_at"})
+    volatile: ClassVar = frozenset({*HEALTH, "last_tested_at", *COUNTERS, "updated_at"})
 
     kind = serializers.ChoiceField(ALL_KINDS, required=False)
     slug = serializers.CharField(required=False, allow_blank=True, max_length=63)
@@ -80,6 +81,10 @@ class ProviderSerializer(StrictSerializer[P]):
         help_text="Another name of `last_health_check`.",
     )
     models_count = serializers.SerializerMethodField()
+    requests_count = serializers.IntegerField(source="use.requests_count", read_only=True)
+    tokens_used = serializers.IntegerField(source="use.tokens_used", read_only=True)
+    cost_usd = serializers.SerializerMethodField()
+    last_used_at = serializers.DateTimeField(source="use.last_used_at", read_only=True, allow_null=True)
 
     class Meta:
         model = Provider
@@ -96,10 +101,15 @@ class ProviderSerializer(StrictSerializer[P]):
     def get_models_count(self, provider: P) -> int:
         return sum(model.enabled for model in provider.upstream_models.all())
 
+    def get_cost_usd(self, provider: P) -> float:
+        return provider.use.cost_nanodollars / 1e9
+
     def to_representation(self, provider: P) -> dict[str, Any]:
+        # Not probed or used yet: what the rows' defaults say, which this makes the provider's without storing them.
         if not hasattr(provider, "health"):
-            # Not probed yet: what the row's defaults say, which this makes the provider's without storing it.
             ProviderHealth(provider=provider)
+        if not hasattr(provider, "use"):
+            ProviderUse(provider=provider)
         return super().to_representation(provider)
 
     def validate_base_url(self, value: str) -> str:

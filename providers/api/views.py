@@ -72,7 +72,7 @@ class Providers(Bulk, Models, Rows):
         "refresh": "test",
     }
     serializer_class: Any = ProviderSerializer
-    queryset = Provider.objects.select_related("health").prefetch_related("keys", "upstream_models")
+    queryset = Provider.objects.select_related("health", "use").prefetch_related("keys", "upstream_models")
     filterset_class = ProviderFilter
     search_fields = ("name", "slug", "base_url")
     ordering_fields = ("id", "name", "slug", "kind", "priority", "enabled", "created_at", "updated_at")
@@ -139,4 +139,4 @@ class Servers(Providers):
     """The servers that we run ourselves: vLLM, Ollama, llama.cpp and anything OpenAI-compatible."""
 
     serializer_class = ServerSerializer
-    queryset = Server.objects.select_related("health").prefetch_related("keys", "upstream_models")
+    queryset = Server.objects.select_related("health", "use").prefetch_related("keys", "upstream_models")

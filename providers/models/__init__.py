@@ -1,5 +1,5 @@
 from providers.models.active import ActiveProvider, ActiveTarget, Purpose
-from providers.models.health import HealthCheck, JobRun, KeyUse, ProviderHealth, Status, Verdict
+from providers.models.health import HealthCheck, JobRun, KeyUse, ProviderHealth, ProviderUse, Status, Verdict
 from providers.models.keyring import Keyring
 from providers.models.provider import ApiKey, Provider, Server, UpstreamModel
 
@@ -13,6 +13,7 @@ __all__ = [
     "Keyring",
     "Provider",
     "ProviderHealth",
+    "ProviderUse",
     "Purpose",
     "Server",
     "Status",

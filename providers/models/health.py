@@ -95,6 +95,22 @@ class KeyUse(models.Model):
         return f"{self.api_key}: {self.requests_count} requests"
 
 
+class ProviderUse(models.Model):
+    """What a provider has done so far, with all its keys; written by the drainer."""
+
+    provider = models.OneToOneField(Provider, on_delete=models.CASCADE, related_name="use", primary_key=True)
+    requests_count = models.BigIntegerField(default=0)
+    tokens_used = models.BigIntegerField(default=0)
+    cost_nanodollars = models.BigIntegerField(default=0)
+    last_used_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        verbose_name = "use of a provider"
+
+    def __str__(self) -> str:
+        return f"{self.provider.name}: {self.requests_count} requests"
+
+
 class JobRun(models.Model):
     """A tick of a periodic job that someone has taken: two beats do no harm."""
 

@@ -17,6 +17,7 @@ from providers.adapters import KINDS, SELF_HOSTED
 from providers.errors import DestinationNotAllowed
 from providers.fields import SealedField, raw
 from providers.models.checks import check_ca, check_headers, check_metadata
+from providers.models.limited import Limited
 from providers.own_addresses import own_places
 
 SLUG = RegexValidator(
@@ -189,8 +190,8 @@ class Server(Provider):
         return self.name
 
 
-class ApiKey(Versioned):
-    """A credential of a provider.
+class ApiKey(Limited, Versioned):
+    """A credential of a provider. Its limits are ours, to stay below those that the vendor has.
 
     secret: always sealed for this row and the provider's origin; what is sealed is the key itself or a reference to
     where it is kept (`env://NAME`), so that neither can be pointed at another host behind our back.
@@ -245,6 +246,7 @@ class ApiKey(Versioned):
             name=self.name,
             stored=raw(self.secret),
             weight=self.weight,
+            quota=self.quota(),
         )
 
 

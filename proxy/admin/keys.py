@@ -16,13 +16,15 @@ from django.utils.safestring import SafeString
 
 from audit.admin import AuditedAdmin, VersionedForm, write
 from audit.roles import may
-from providers.admin.badges import ago, badge
+from providers.admin.badges import ago, badge, counted, spent
 from providers.admin.fields import LinesField
 from providers.models import ActiveProvider, Provider
+from providers.models.limited import LIMITS
 from proxy import keys
+from proxy.admin.owners import limits_of
 from proxy.models import GatewayKey, GatewayKeyUse
+from proxy.owners import text_of
 
-LIMITS = ("requests_per_minute", "tokens_per_minute", "max_concurrency")
 REACH = ("allowed_models", "allowed_networks")
 
 
@@ -37,7 +39,8 @@ class GatewayKeyForm(VersionedForm):
         fields: ClassVar[list[str]] = []
         help_texts: ClassVar = {
             "name": "Who or what will use it, like “support chatbot”.",
-            "owner": "Whose usage this is. The key stops working when this person's account is disabled.",
+            "owner": "Whose usage this is. The key stops working when this person's account is disabled or deleted.",
+            "team": "In place of one person. Its members see the key through the API, and it is deleted with the team.",
             "expires_at": "Empty: never.",
             **dict.fromkeys(LIMITS, "Empty: no limit."),
             "max_concurrency": "Requests at the same time. Empty: no limit.",
@@ -56,17 +59,27 @@ class GatewayKeyForm(VersionedForm):
 @admin.register(GatewayKey)
 class GatewayKeyAdmin(AuditedAdmin):
     form = GatewayKeyForm
-    list_display = ("name", "shown_key", "state", "owner", "expires_at", "requests", "last_used")
-    list_filter = ("enabled", "owner")
-    list_select_related = ("owner", "use")
-    search_fields = ("name", "=key_id", "owner__username")
+    list_display = (
+        "name",
+        "shown_key",
+        "state",
+        "holder",
+        "expires_at",
+        "requests",
+        "tokens",
+        "cost",
+        "last_used",
+    )
+    list_filter = ("enabled", "owner", "team")
+    list_select_related = ("owner", "team", "use")
+    search_fields = ("name", "=key_id", "owner__username", "team__name")
     search_help_text = "Search by name, id or owner"
     derived = (GatewayKeyUse,)
     object_views = (("rotate", "rotate_view"), ("revoke", "revoke_view"))
     change_form_outer_before_template = "admin/proxy/key_state.html"
     fieldsets = (
-        (None, {"fields": ("name", "owner", "enabled", "expires_at")}),
-        ("Limits", {"fields": LIMITS}),
+        (None, {"fields": ("name", "owner", "team", "enabled", "expires_at")}),
+        ("Limits", {"fields": (*LIMITS, "inherited")}),
         ("What it may reach, and from where", {"fields": REACH}),
         ("When a stream breaks", {"fields": ("resume_streams",)}),
     )
@@ -74,7 +87,11 @@ class GatewayKeyAdmin(AuditedAdmin):
     def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
         """A new key is enabled; there is nothing to choose."""
         sets = super().get_fieldsets(request, obj)
-        return sets if obj is not None else ((None, {"fields": ("name", "owner", "expires_at")}), *sets[1:])
+        return (
+            sets
+            if obj is not None
+            else ((None, {"fields": ("name", "owner", "team", "expires_at")}), *sets[1:])
+        )
 
     def get_changeform_initial_data(self, request: HttpRequest) -> dict[str, Any]:
         return {
@@ -85,8 +102,18 @@ class GatewayKeyAdmin(AuditedAdmin):
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
         """An operator issues, rotates and revokes; what is revoked stays as it was."""
         if obj is None or (may(request.user, "gateway_keys", "change") and obj.revoked_at is None):
-            return ()
-        return ("name", "owner", "enabled", "expires_at", *LIMITS, *REACH, "resume_streams")
+            return ("inherited",)
+        return (
+            "name", "owner", "team", "enabled", "expires_at", *LIMITS, "inherited", *REACH, "resume_streams",
+        )  # fmt: skip
+
+    @admin.display(description="Owner")
+    def holder(self, key: GatewayKey) -> str:
+        return text_of(key.holder) or "-"
+
+    @admin.display(description="Shared with the owner's other keys")
+    def inherited(self, key: GatewayKey) -> SafeString | str:
+        return limits_of(key.holder)
 
     @admin.display(description="Key", ordering="key_id")
     def shown_key(self, key: GatewayKey) -> str:
@@ -97,9 +124,16 @@ class GatewayKeyAdmin(AuditedAdmin):
         return state_badge(key)
 
     @admin.display(description="Requests", ordering="use__requests_count")
-    def requests(self, key: GatewayKey) -> int:
-        use = getattr(key, "use", None)
-        return use.requests_count if use is not None else 0
+    def requests(self, key: GatewayKey) -> str:
+        return counted(key, "requests_count")
+
+    @admin.display(description="Tokens", ordering="use__tokens_used")
+    def tokens(self, key: GatewayKey) -> str:
+        return counted(key, "tokens_used")
+
+    @admin.display(description="Cost", ordering="use__cost_nanodollars")
+    def cost(self, key: GatewayKey) -> str:
+        return spent(key)
 
     @admin.display(description="Last used", ordering="use__last_used_at")
     def last_used(self, key: GatewayKey) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import redis
@@ -11,15 +12,18 @@ from django.conf import settings
 from django.db.models import Exists, OuterRef, Q
 from django.http import HttpRequest
 from django.urls import reverse
+from django.utils import timezone
 
 from providers.adapters import SELF_HOSTED
 from providers.admin.badges import age, health_of
 from providers.models import ActiveProvider, ApiKey, Provider, ProviderHealth, Purpose, Status
-from proxy import weather
-from proxy.models import GatewayKey, UsageRecord
+from proxy import prices, reports, weather
+from proxy.admin.report import shown
+from proxy.models import GatewayKey, PriceList, UsageHour, UsageRecord
 
 BEAT_LATE_SECONDS = 60
 BUILT_IN = "echo"
+UNPRICED_WITHIN = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,16 @@ def context(request: HttpRequest, context: dict[str, Any]) -> dict[str, Any]:
         "next_step": missing[0] if missing else None,
         "enabled_count": enabled,
         "base_url": f"{settings.PUBLIC_URL}/v1",
+        "usage": usage_of_a_day(request),
     }
+
+
+def usage_of_a_day(request: HttpRequest) -> reports.Line | None:
+    """What the last 24 hours come to; only for those who may see usage."""
+    if not request.user.has_perm("proxy.view_usagehour"):
+        return None
+    report = reports.asked(since=timezone.now() - timedelta(hours=24))
+    return shown(reports.totals(UsageHour.objects.all(), report))
 
 
 def getting_started() -> list[Step]:
@@ -114,7 +127,13 @@ def getting_started() -> list[Step]:
 
 def problems() -> list[Problem]:
     """What needs somebody now, the gravest first."""
-    return [*providers_in_trouble(), *scheduler_late(), *limits_alone()]
+    return [
+        *providers_in_trouble(),
+        *scheduler_late(),
+        *limits_alone(),
+        *price_list_broken(),
+        *prices_unknown(),
+    ]
 
 
 def providers_in_trouble() -> list[Problem]:
@@ -171,6 +190,28 @@ def limits_alone() -> list[Problem]:
     finally:
         client.close()
     return []
+
+
+def price_list_broken() -> list[Problem]:
+    broken = PriceList.objects.exclude(problem="").first()
+    if broken is None:
+        return []
+    title = "The price list cannot be used, so prices stay as they were"
+    return [Problem(title, broken.problem, reverse("admin:proxy_modelprice_changelist"))]
+
+
+def prices_unknown() -> list[Problem]:
+    """What was answered within a day and could not be billed."""
+    found = prices.unpriced(timezone.now() - UNPRICED_WITHIN)
+    if not found.requests:
+        return []
+    title = (
+        f"{found.requests} answer{'s' if found.requests > 1 else ''} of {found.models} "
+        f"model{'s' if found.models > 1 else ''} had no known price"
+    )
+    link = f"{reverse('admin:proxy_usagerecord_changelist')}?price=unknown"
+    detail = "In the last 24 hours. They count as unknown and not as free; Prices is where one can be written down."
+    return [Problem(title, detail, link, grave=False)]
 
 
 def change_link(provider: Provider) -> str:

@@ -5,17 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
+from django.db.models import QuerySet
 from django.http import HttpRequest
-from django.urls import reverse
+from django.urls import URLPattern, path, reverse
+from django.utils.html import format_html
 from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 
 from audit.admin import ReadOnlyAdmin
+from audit.api import Counted
 from providers.admin.badges import badge
+from proxy.admin.report import report_view
 from proxy.admin.trace import way_of
+from proxy.admin.usage_filters import Days, GatewayKeyFilter, ModelFilter, OwnerFilter, ProviderFilter
 from proxy.models import UsageRecord
 
 COLOURS = {"success": "good", "error": "bad", "client_disconnected": "plain"}
+
+
+class UnpricedFilter(admin.SimpleListFilter):
+    title = "price"
+    parameter_name = "price"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [("unknown", "Unknown")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        return queryset.filter(UsageRecord.UNPRICED) if self.value() == "unknown" else queryset
 
 
 @admin.register(UsageRecord)
@@ -33,10 +49,25 @@ class UsageRecordAdmin(ReadOnlyAdmin):
         "duration",
     )
     list_display_links = ("created_at",)
-    list_filter = ("created_at", "status", "provider", "purpose", "stream")
-    search_fields = ("=request_id", "gateway_key", "model", "owner")
-    search_help_text = "Search by request id, gateway key, model or owner"
-    date_hierarchy = "created_at"
+    list_filter = (
+        ("created_at", Days),
+        "created_at",
+        "status",
+        GatewayKeyFilter,
+        ProviderFilter,
+        ModelFilter,
+        OwnerFilter,
+        "stream",
+        UnpricedFilter,
+    )
+    list_filter_submit = True
+    extra_lookups = frozenset({"created_at_from", "created_at_to"})
+    # Only what an index finds: there may be millions of records.
+    search_fields = ("request_id__exact",)
+    search_help_text = (
+        f"Search by request id. Lists the newest {Counted.EXACT:,} records that match; times are UTC."
+    )
+    paginator = Counted
     change_form_outer_before_template = "admin/proxy/way.html"
     fieldsets = (
         (
@@ -80,10 +111,15 @@ class UsageRecordAdmin(ReadOnlyAdmin):
                     "reasoning_tokens",
                     "tokens_source",
                     "cost",
+                    "price",
                 )
             },
         ),
     )
+
+    def get_urls(self) -> list[URLPattern]:
+        page = path("report/", self.admin_site.admin_view(report_view), name="proxy_usagerecord_report")
+        return [page, *super().get_urls()]
 
     def render_change_form(self, request: HttpRequest, context: Any, *args: Any, **kwargs: Any) -> Any:
         record = kwargs.get("obj")
@@ -109,7 +145,17 @@ class UsageRecordAdmin(ReadOnlyAdmin):
 
     @admin.display(description="Cost", ordering="cost_nanodollars")
     def cost(self, record: UsageRecord) -> str:
-        return "unknown" if record.cost_nanodollars is None else f"${record.cost_nanodollars / 1e9:.6f}"
+        if record.unpriced:
+            return badge("price unknown", "warn", "Nobody knows what this model costs; see Prices.")
+        return "-" if record.cost_nanodollars is None else f"${record.cost_nanodollars / 1e9:.6f}"
+
+    @admin.display(description="Price")
+    def price(self, record: UsageRecord) -> str:
+        """The row that it was billed by, as it was then and is now."""
+        if record.price_id is None:
+            return "-"
+        address = reverse("admin:proxy_modelprice_change", args=[record.price_id])
+        return format_html('<a class="ps-link" href="{}">number {}</a>', address, record.price_id)
 
     @admin.display(description="First token", ordering="ttft_ms")
     def first_token(self, record: UsageRecord) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, ClassVar
 
-from django.contrib.auth import get_user_model
 from django.db.models.query import QuerySet
-from drf_spectacular.utils import extend_schema, extend_schema_field
+from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
 from rest_framework.decorators import action
 from rest_framework.request import Request
@@ -18,49 +17,34 @@ from audit.api_bulk import Bulk
 from audit.api_errors import Conflict
 from audit.api_views import KnownFields, Rows, StrictSerializer, word_of
 from proxy import keys
+from proxy.api.owners import OwnerField
 from proxy.models import GatewayKey, GatewayKeyUse
+from proxy.models.keys import keys_of
 
 MAX_OVERLAP_SECONDS = 30 * 24 * 3600
-
-
-@extend_schema_field(
-    {"type": ["string", "null"], "description": "A user name; the user's id is accepted too."}
-)
-class OwnerField(serializers.Field[Any, Any, Any, Any]):
-    def to_representation(self, value: Any) -> str:
-        return str(value.get_username())
-
-    def to_internal_value(self, data: Any) -> Any:
-        users = get_user_model().objects.filter(is_active=True)
-        if isinstance(data, str) and "\0" not in data:
-            found = users.filter(username=data).first()
-        elif isinstance(data, int) and not isinstance(data, bool) and 0 < data < 2**63:
-            found = users.filter(pk=data).first()
-        else:
-            found = None
-        if found is None:
-            raise serializers.ValidationError("There is no such user.")
-        return found
+USE = ("requests_count", "tokens_used", "cost_usd", "last_used_at")
 
 
 class GatewayKeySerializer(StrictSerializer[GatewayKey]):
     aliases: ClassVar = {"is_active": "enabled"}
-    volatile: ClassVar = frozenset({"requests_count", "last_used_at", "updated_at"})
+    volatile: ClassVar = frozenset({*USE, "updated_at"})
 
-    owner = OwnerField(required=False, allow_null=True)
+    owner = OwnerField(source="holder", required=False, allow_null=True)
     is_active = serializers.BooleanField(
         source="enabled", required=False, help_text="Another name of `enabled`."
     )
     prefix = serializers.CharField(read_only=True)
     requests_count = serializers.IntegerField(source="use.requests_count", read_only=True)
+    tokens_used = serializers.IntegerField(source="use.tokens_used", read_only=True)
+    cost_usd = serializers.SerializerMethodField()
     last_used_at = serializers.DateTimeField(source="use.last_used_at", read_only=True, allow_null=True)
 
     class Meta:
         model = GatewayKey
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
-            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", "requests_count",
-            "last_used_at", "created_by", "created_at", "updated_at",
+            "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", *USE,
+            "created_by", "created_at", "updated_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "created_by")
         validators: ClassVar[list[Any]] = []
@@ -69,6 +53,9 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
                 "help_text": "Null: no limit. Left out of a new key: DEFAULT_MAX_CONCURRENCY, 50 unless set otherwise."
             }
         }
+
+    def get_cost_usd(self, key: GatewayKey) -> float:
+        return key.use.cost_nanodollars / 1e9
 
     def to_representation(self, key: GatewayKey) -> dict[str, Any]:
         if not hasattr(key, "use"):
@@ -108,14 +95,14 @@ class RotationSerializer(KnownFields):
 
 
 class GatewayKeys(Bulk, Rows):
-    """The keys that applications call with. A member sees his own."""
+    """The keys that applications call with. A member sees his own and those of his teams."""
 
     resource = "gateway_keys"
     words: ClassVar = {"revoke": "revoke", "rotate": "rotate"}
     serializer_class = GatewayKeySerializer
-    queryset = GatewayKey.objects.select_related("owner", "use")
-    filterset_fields = ("enabled", "owner__username")
-    search_fields = ("name", "key_id", "owner__username")
+    queryset = GatewayKey.objects.select_related("owner", "team", "use")
+    filterset_fields = ("enabled", "owner__username", "team__name")
+    search_fields = ("name", "key_id", "owner__username", "team__name")
     ordering_fields = ("id", "name", "enabled", "expires_at", "created_at", "updated_at")
 
     def get_queryset(self) -> QuerySet[Any]:
@@ -123,7 +110,7 @@ class GatewayKeys(Bulk, Rows):
         if not self.request.user.is_authenticated:
             return rows.none()
         if roles.own_only(self.request.user, self.resource, word_of(self)):
-            return rows.filter(owner=self.request.user)
+            return rows.filter(pk__in=keys_of(self.request.user))
         return rows
 
     @extend_schema(responses={201: IssuedSerializer})

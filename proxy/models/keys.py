@@ -6,16 +6,16 @@ import ipaddress
 from typing import Any, ClassVar
 
 from django.conf import settings
+from django.contrib.auth.models import Group
 from django.core.exceptions import ValidationError
-from django.core.validators import MinValueValidator
 from django.db import models
 from django.utils import timezone
 
 from audit.changes import Identity
 from providers.fields import SealedField
+from providers.models.limited import Limited
 from providers.models.provider import Versioned
-
-LIMIT: dict[str, Any] = {"null": True, "blank": True, "validators": [MinValueValidator(1)]}
+from proxy.owners import Owned, not_a_role, owned_by
 
 
 def check_models(names: Any) -> None:
@@ -35,9 +35,10 @@ def check_networks(networks: Any) -> None:
             raise ValidationError(f"{str(network)[:64]!r} is not a network like 10.0.0.0/8.") from error
 
 
-class GatewayKey(Versioned):
+class GatewayKey(Owned, Limited, Versioned):
     """A key that we issue. Its secret is kept only as an HMAC under a numbered pepper and was shown once.
 
+    owner, team: whose it is, a user's or a team's or nobody's; it is deleted with them.
     previous_*: the secret before the last rotation, good until `previous_until`.
     resume_streams: whether a stream that broke is gone on with; None is as the route or the active provider says.
     """
@@ -53,12 +54,17 @@ class GatewayKey(Versioned):
     owner = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.CASCADE, null=True, blank=True, related_name="gateway_keys"
     )
+    team = models.ForeignKey(
+        Group,
+        on_delete=models.CASCADE,
+        null=True,
+        blank=True,
+        related_name="gateway_keys",
+        limit_choices_to=not_a_role,
+    )
     enabled = models.BooleanField(default=True)
     revoked_at = models.DateTimeField(null=True, editable=False)
     expires_at = models.DateTimeField(null=True, blank=True)
-    requests_per_minute = models.PositiveIntegerField(**LIMIT)
-    tokens_per_minute = models.PositiveIntegerField(**LIMIT)
-    max_concurrency = models.PositiveIntegerField(**LIMIT)
     allowed_models = models.JSONField(
         default=list, blank=True, validators=[check_models], help_text="Empty: all. * stands for anything."
     )
@@ -77,6 +83,11 @@ class GatewayKey(Versioned):
         constraints: ClassVar = [
             models.CheckConstraint(condition=~models.Q(hmac=""), name="gateway_key_has_an_hmac"),
             models.UniqueConstraint(fields=["name"], name="gateway_key_name_is_unique"),
+            models.CheckConstraint(
+                condition=models.Q(owner__isnull=True) | models.Q(team__isnull=True),
+                name="gateway_key_has_one_owner",
+                violation_error_message="A key belongs to a user or to a team, not to both.",
+            ),
         ]
 
     def __str__(self) -> str:
@@ -97,6 +108,11 @@ class GatewayKey(Versioned):
         return Identity("gateway_key", str(self.pk), self.name, "gateway_key")
 
 
+def keys_of(user: Any) -> models.QuerySet[GatewayKey]:
+    """The keys that are this person's or his teams': whose they are, and whose usage, is decided here."""
+    return GatewayKey.objects.filter(owned_by(user))
+
+
 class GatewayKeyUse(models.Model):
     """What a key has done so far; written by the drainer."""
 
@@ -105,6 +121,8 @@ class GatewayKeyUse(models.Model):
     )
     last_used_at = models.DateTimeField(null=True, blank=True)
     requests_count = models.BigIntegerField(default=0)
+    tokens_used = models.BigIntegerField(default=0)
+    cost_nanodollars = models.BigIntegerField(default=0)
 
     def __str__(self) -> str:
         return f"{self.gateway_key}: {self.last_used_at}"

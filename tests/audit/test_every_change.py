@@ -27,7 +27,7 @@ DIALS = ("/test", "/refresh")
 
 
 @pytest.fixture
-def things(owner: User, settings: Any) -> dict[str, Any]:
+def things(owner: User, person: Callable[..., User], settings: Any) -> dict[str, Any]:
     """One thing of each kind that is in nobody's way, and one that is used; nothing listens where they point."""
     settings.TEST_TIMEOUT_SECONDS = 0.5
     client = as_(owner)
@@ -39,7 +39,24 @@ def things(owner: User, settings: Any) -> dict[str, Any]:
     client.put(f"{V1}/active/chat", {"provider_type": "ai_server", "provider_id": used})
     route = client.post(f"{V1}/model-routes", {"name": "r", "nodes": [{"provider_id": used}]}).json()["id"]
     gateway = client.post(f"{V1}/gateway-keys", {"name": "app"}).json()["id"]
-    return {"server": server, "used": used, "key": key, "route": route, "gateway": gateway}
+    person("alice", "member")
+    limits = client.post(f"{V1}/owner-limits", {"owner": "alice"}).json()["id"]
+    override = {
+        "provider": "openai",
+        "model": "o9",
+        "prompt_usd_per_million": "1",
+        "completion_usd_per_million": "2",
+    }
+    price = client.post(f"{V1}/prices", override).json()["id"]
+    return {
+        "server": server,
+        "used": used,
+        "key": key,
+        "route": route,
+        "gateway": gateway,
+        "limits": limits,
+        "price": price,
+    }
 
 
 def requests(t: dict[str, Any]) -> dict[tuple[str, str], tuple[str, Any, list[str]]]:
@@ -72,7 +89,22 @@ def requests(t: dict[str, Any]) -> dict[tuple[str, str], tuple[str, Any, list[st
             ("post", f"{what}/{{id}}/test"): (f"{one}/test", {}, []),
             ("post", f"{models}/refresh"): (f"{one}/models/refresh", {}, []),
         }
+    amounts = {"prompt_usd_per_million": "1", "completion_usd_per_million": "2"}
     found |= {
+        ("post", "prices"): ("prices", {"provider": "openai", "model": "gpt-*", **amounts}, ["add_price"]),
+        ("post", "prices/{id}/end"): (f"prices/{t['price']}/end", {}, ["update_price"]),
+        ("post", "owner-limits"): ("owner-limits", {"owner": "owner"}, ["add_owner_limits"]),
+        ("patch", "owner-limits/{id}"): (
+            f"owner-limits/{t['limits']}",
+            {"max_concurrency": 5},
+            ["update_owner_limits"],
+        ),
+        ("put", "owner-limits/{id}"): (
+            f"owner-limits/{t['limits']}",
+            {"owner": "alice", "max_concurrency": 7},
+            ["update_owner_limits"],
+        ),
+        ("delete", "owner-limits/{id}"): (f"owner-limits/{t['limits']}", None, ["delete_owner_limits"]),
         ("patch", "providers/{id}/health"): (
             f"providers/{t['server']}/health",
             {"is_healthy": False},
@@ -217,6 +249,8 @@ def test_r39_no_get_changes_anything(owner: User, things: dict[str, Any]) -> Non
         "api-keys": things["key"],
         "model-routes": things["route"],
         "gateway-keys": things["gateway"],
+        "owner-limits": things["limits"],
+        "prices": things["price"],
         "audit": 1,
     }
     objects = {"object_id": things["server"], "app_label": "providers", "url": "", "content_type_id": 1}

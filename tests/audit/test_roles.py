@@ -79,6 +79,10 @@ MATRIX: list[tuple[str, str, str]] = [
     ("post", "model-routes/{route}/select", WRITE),
     ("get", "model-routes/{route}/state", READ),
     ("post", "model-routes/bulk", WRITE),
+    ("get", "prices", READ),
+    ("post", "prices", WRITE),
+    ("get", "prices/{price}", READ),
+    ("post", "prices/{price}/end", WRITE),
     ("get", "gateway-keys", "m" + READ),
     ("post", "gateway-keys", WRITE),
     ("get", "gateway-keys/{gateway}", "m" + READ),
@@ -93,7 +97,17 @@ MATRIX: list[tuple[str, str, str]] = [
     ("get", "audit/verify", WRITE),
     ("get", "admin/stats", READ),
     ("get", "admin/logs", ADMIN),
+    ("get", "owner-limits", READ),
+    ("post", "owner-limits", ADMIN),
+    ("get", "owner-limits/{limits}", READ),
+    ("put", "owner-limits/{limits}", ADMIN),
+    ("patch", "owner-limits/{limits}", ADMIN),
+    ("delete", "owner-limits/{limits}", ADMIN),
+    ("get", "usage", "m" + READ),
+    ("get", "usage/summary", "m" + READ),
+    ("get", "usage/{usage}", "m" + READ),
 ]
+RECORD = "01990000-0000-7000-8000-000000000001"
 LETTERS = {"member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S"}
 
 
@@ -118,15 +132,18 @@ def things(people: dict[str, User]) -> dict[str, Any]:
         "id"
     ]
     client.post(f"{V1}/servers/{server}/models", {"id": "meta/tiny"})
-    return {
-        "server": server,
-        "key": key,
-        "gateway": gateway,
-        "purpose": "chat",
-        "route": route,
-        "model": "meta/tiny",
-        "entry": 1,
+    override = {
+        "provider": "openai",
+        "model": "gpt-*",
+        "prompt_usd_per_million": "1",
+        "completion_usd_per_million": "2",
     }
+    price = client.post(f"{V1}/prices", override).json()["id"]
+    limits = client.post(f"{V1}/owner-limits", {"owner": "the-member"}).json()["id"]
+    return {
+        "server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route, "price": price,
+        "limits": limits, "usage": RECORD, "model": "meta/tiny", "entry": 1,
+    }  # fmt: skip
 
 
 def test_the_matrix(people: dict[str, User], things: dict[str, Any]) -> None:
@@ -169,6 +186,9 @@ def _routes() -> Iterator[tuple[str, set[str]]]:
         "model-routes": "{route}",
         "gateway-keys": "{gateway}",
         "audit": "{entry}",
+        "prices": "{price}",
+        "owner-limits": "{limits}",
+        "usage": "{usage}",
     }
     for pattern in api_v1.urlpatterns:
         actions = getattr(pattern.callback, "actions", {})  # type: ignore[union-attr]

@@ -10,8 +10,8 @@ from django.utils import timezone
 from audit.changes import changes
 from providers import keys as provider_keys
 from providers.models import ApiKey, HealthCheck, Provider, ProviderHealth, UpstreamModel
-from proxy import keys
-from proxy.models import GatewayKey, ModelRoute, RouteNode, UsageRecord
+from proxy import keys, prices
+from proxy.models import GatewayKey, ModelPrice, ModelRoute, RouteNode, UsageHour, UsageRecord
 
 
 def fill(texts: Sequence[str]) -> None:
@@ -35,6 +35,7 @@ def fill(texts: Sequence[str]) -> None:
                 name=text.replace("/", "|"), mode="specific", config={text: text}
             )
             RouteNode.objects.create(route=route, position=0, provider=provider, models=[text])
+            prices.add_override(ModelPrice(model=text, note=text, prompt=1, completion=1), provider)
             _history(provider, text)
 
 
@@ -65,6 +66,10 @@ def _history(provider: Provider, text: str) -> None:
             "attempts": [_attempt(text)],
             "usage_invalid": [text],
         },
+    )
+
+    UsageHour.objects.create(
+        id=uuid.uuid4(), hour=now, gateway_key=text, owner=text, provider=text, model=text, attempts=1
     )
 
 

@@ -30,6 +30,9 @@ PAGES = (
     "/admin/providers/activeprovider/",
     "/admin/providers/activeprovider/chat/change/",
     "/admin/proxy/modelroute/",
+    "/admin/proxy/modelprice/",
+    "/admin/proxy/modelprice/add/",
+    "/admin/proxy/modelprice/1/change/",
     "/admin/proxy/modelroute/add/",
     "/admin/proxy/modelroute/1/change/",
     "/admin/proxy/modelroute/1/dry-run/",
@@ -40,7 +43,11 @@ PAGES = (
     "/admin/proxy/gatewaykey/1/rotate/",
     "/admin/proxy/gatewaykey/1/revoke/",
     "/admin/proxy/gatewaykey/1/delete/",
+    "/admin/proxy/ownerlimits/",
+    "/admin/proxy/ownerlimits/add/",
     "/admin/proxy/usagerecord/",
+    "/admin/proxy/usagerecord/report/",
+    "/admin/proxy/usagerecord/report/?period=365d&group=model",
     "/admin/providers/healthcheck/",
     "/admin/audit/entry/",
     "/admin/audit/entry/1/change/",
@@ -65,6 +72,18 @@ row = {{'created_at': timezone.now(), 'status': 'error', 'attempt': 3, 'request_
 UsageRecord.objects.get_or_create(id='{RECORD}', defaults=row)
 """
 """A usage record whose trace has the longest things that a trace may have."""
+
+MUCH = """
+import uuid
+from django.utils import timezone
+from proxy.models import UsageHour
+much = dict.fromkeys(('requests', 'attempts', 'prompt_tokens', 'completion_tokens', 'unpriced', 'estimated'), 10**12)
+sums = {**much, 'attempts': 2 * 10**12, 'cost_nanodollars': 10**17}
+hour = timezone.now().replace(minute=0, second=0, microsecond=0)
+for number, model in enumerate(['org/' + 'long-name-' * 12, 'x' * 255, 'tiny']):
+    UsageHour.objects.get_or_create(id=uuid.UUID(int=number), defaults={'hour': hour, 'model': model, 'status': 'success', **sums})
+"""
+"""Sums as large and names as long as there will be."""
 
 HOSTILE = (
     "\"><img src=x onerror=alert(1)>'",
@@ -157,7 +176,7 @@ def test_no_page_is_wider_than_the_screen_or_complains(
         "    route, made = ModelRoute.objects.get_or_create(name='fast', mode='specific')\n"
         "    echo = Provider.objects.get(slug='echo')\n"
         "    RouteNode.objects.get_or_create(route=route, position=0, provider=echo, models=['org/' + 'long-name-' * 12])\n"
-        f"{A_LONG_WAY}"
+        f"{A_LONG_WAY}{MUCH}"
     )
     with visit(gateway, width=width, dark=dark) as (page, trouble):
         wide = []
@@ -188,6 +207,7 @@ def hostile_pages(page: Page) -> list[str]:
         "providers/upstreammodel",
         "proxy/gatewaykey",
         "proxy/modelroute",
+        "proxy/modelprice",
         "proxy/usagerecord",
         "audit/entry",
     ):

@@ -79,7 +79,7 @@ def older(gateway: Gateway) -> None:
     gateway.shell(
         "from django.db import connection\n"
         "from django.db.migrations.recorder import MigrationRecorder\n"
-        "MigrationRecorder(connection).record_unapplied('proxy', '0003_resume_streams_of_keys')"
+        "MigrationRecorder(connection).record_unapplied('proxy', '0006_usage_hours')"
     )
 
 

@@ -278,7 +278,7 @@ def test_a_role_or_empty_content_does_not_commit(content: dict[str, Any]) -> Non
 
 def test_a_finish_reason_commits_and_is_passed_on_as_it_is() -> None:
     event = read_event(b'{"choices":[{"delta":{},"finish_reason":"weird_reason"}]}')
-    assert event == Event(commits=True, finish_reason="weird_reason")
+    assert event == Event(commits=True, finish_reason="weird_reason", finished=1)
 
 
 def test_the_end_of_a_stream() -> None:

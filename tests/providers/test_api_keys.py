@@ -7,13 +7,16 @@ import json
 import pytest
 from django.contrib.auth.models import User
 from django.db import connection
+from django.test import Client
 from django.test.utils import CaptureQueriesContext
+from django.urls import reverse
 
 from audit.changes import changes
 from audit.models import Entry
 from providers import keys
 from providers.active import Target, set_active
 from providers.models import ApiKey, KeyUse, Provider
+from providers.wire import Quota
 from tests.support.api import KEY, V1, add_key, add_server, as_, error
 
 pytestmark = pytest.mark.django_db
@@ -41,6 +44,42 @@ def test_the_provider_may_be_named_by_id(operator: User) -> None:
 
     assert add_key(as_(operator), provider=number)["provider"] == "groq"
     assert add_key(as_(operator), provider=str(number), key_name="second")["provider"] == "groq"
+
+
+def test_a_key_has_limits_of_ours_that_reach_requests(owner: User, operator: User) -> None:
+    made = add_key(as_(owner), requests_per_minute=60)
+    path = f"{V1}/api-keys/{made['id']}"
+    assert (made["requests_per_minute"], made["tokens_per_minute"], made["max_concurrency"]) == (
+        60,
+        None,
+        None,
+    )
+    changed = as_(owner).patch(path, {"tokens_per_minute": 90_000, "max_concurrency": 4}).json()
+    assert (changed["tokens_per_minute"], changed["max_concurrency"]) == (90_000, 4)
+    assert ApiKey.objects.get().credential().quota == Quota(60, 90_000, 4)
+    assert Entry.objects.get(action="update_key").changes["tokens_per_minute"] == [None, 90_000]
+    assert as_(operator).patch(path, {"max_concurrency": 5}).status_code == 403
+    for wrong in (0, -1, "many", 10**12):
+        assert set(error(as_(owner).patch(path, {"max_concurrency": wrong}))["details"]) == {
+            "max_concurrency"
+        }
+    none = {"requests_per_minute": None, "tokens_per_minute": None, "max_concurrency": None}
+    assert as_(owner).patch(path, none).status_code == 200
+    assert ApiKey.objects.get().credential().quota is None
+
+
+def test_an_operator_sees_the_limits_of_a_key_in_the_admin_and_an_administrator_sets_them(
+    owner: User, operator: User
+) -> None:
+    made = add_key(as_(owner))
+    change = reverse("admin:providers_apikey_change", args=[made["id"]])
+    for who, limit in ((operator, None), (owner, 7)):
+        client = Client()
+        client.force_login(who)
+        assert "stay below the vendor" in client.get(change).content.decode()
+        body = {"name": "team", "enabled": "on", "is_default": "on", "weight": 1, "metadata": "{}"}
+        assert client.post(change, {**body, "requests_per_minute": 7}).status_code == 302
+        assert ApiKey.objects.get().requests_per_minute == limit
 
 
 def test_what_a_key_was_used_for_is_shown(operator: User, viewer: User) -> None:

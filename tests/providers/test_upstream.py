@@ -512,7 +512,7 @@ async def test_f02_a_black_hole_is_given_up_at_the_connect_timeout(sessions: cli
             assert 0.35 < time.monotonic() - started < 0.9
 
 
-async def test_f02_a_silent_upstream_is_given_up_at_the_headers_timeout(sessions: client.Sessions) -> None:
+async def test_f02_a_silent_upstream_is_given_up_when_the_time_for_a_question_is_over() -> None:
     async def handler(exchange: Exchange) -> None:
         await asyncio.sleep(30)
 
@@ -520,10 +520,8 @@ async def test_f02_a_silent_upstream_is_given_up_at_the_headers_timeout(sessions
         where = endpoint(server.port)
         started = time.monotonic()
         with pytest.raises(errors.UpstreamTimeout):
-            await upstream.stream(sessions, where, question(where), credential=None, headers_timeout=0.3)
-        with pytest.raises(errors.UpstreamTimeout):
             await ask(where, timeout=0.3)
-        assert 0.5 < time.monotonic() - started < 1.5
+        assert 0.25 < time.monotonic() - started < 1.5
 
 
 @pytest.mark.parametrize(
@@ -545,7 +543,8 @@ async def test_f06_what_is_not_http_is_a_protocol_error(sessions: client.Session
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
         with pytest.raises(errors.ProtocolError):
-            await upstream.stream(sessions, where, question(where), credential=None, headers_timeout=3)
+            async with asyncio.timeout(3):
+                await upstream.stream(sessions, where, question(where), credential=None)
 
 
 async def test_f06_a_few_early_hints_are_no_flood(sessions: client.Sessions) -> None:

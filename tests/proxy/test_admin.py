@@ -280,5 +280,5 @@ def test_a_key_is_issued_from_the_command_line(db: None, stranger: User) -> None
             call_command("issue_key", "wrong", "--max-concurrency", wrong)
     with pytest.raises(CommandError):
         call_command("issue_key", "cron")
-    with pytest.raises(CommandError, match="no user nobody"):
+    with pytest.raises(CommandError, match="no user or team nobody"):
         call_command("issue_key", "other", "--owner", "nobody")

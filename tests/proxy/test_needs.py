@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.needs import UNKNOWN, ModelFacts, Needs, fits, misfit, needs_of, same_dimensions
+from proxy.needs import UNKNOWN, ModelFacts, Needs, misfit, needs_of, same_dimensions
 
 pytestmark = pytest.mark.no_database
 
@@ -45,9 +45,9 @@ def test_a_body_of_nonsense_needs_nothing(body: dict[str, Any]) -> None:
 
 def test_only_what_certainly_does_not_fit_is_refused() -> None:
     window = facts(1000)
-    assert fits(window, Needs(prompt_bytes=4 * 1000))
-    assert fits(window, Needs(prompt_bytes=8 * 1000))
-    assert fits(window, Needs(prompt_bytes=100, max_tokens=10**6))
+    assert misfit(window, Needs(prompt_bytes=4 * 1000)) is None
+    assert misfit(window, Needs(prompt_bytes=8 * 1000)) is None
+    assert misfit(window, Needs(prompt_bytes=100, max_tokens=10**6)) is None
     found = misfit(window, Needs(prompt_bytes=8 * 1001))
     assert found is not None
     assert (found.what, found.text) == ("window", "at least 1001 tokens, and its window has 1000")
@@ -55,18 +55,18 @@ def test_only_what_certainly_does_not_fit_is_refused() -> None:
 
 def test_what_is_not_known_is_not_held_against_a_model() -> None:
     everything = Needs(prompt_bytes=10**9, tools=True, vision=True, json_schema=True)
-    assert fits(UNKNOWN, everything)
-    assert fits(facts(None, "chat", "generate"), everything)
+    assert misfit(UNKNOWN, everything) is None
+    assert misfit(facts(None, "chat", "generate"), everything) is None
 
 
 def test_a_list_of_abilities_without_the_needed_one_speaks_against_it() -> None:
-    assert not fits(facts(None, "function_calling"), Needs(vision=True))
-    assert not fits(facts(None, "vision"), Needs(tools=True))
-    assert fits(facts(None, "tools", "vision"), Needs(tools=True, vision=True))
+    assert misfit(facts(None, "function_calling"), Needs(vision=True)) is not None
+    assert misfit(facts(None, "vision"), Needs(tools=True)) is not None
+    assert misfit(facts(None, "tools", "vision"), Needs(tools=True, vision=True)) is None
     # Almost nobody lists schemas, so only a list that speaks of JSON tells anything.
-    assert fits(facts(None, "tools"), Needs(json_schema=True))
-    assert not fits(facts(None, "json_mode"), Needs(json_schema=True))
-    assert fits(facts(None, "json_mode", "structured_outputs"), Needs(json_schema=True))
+    assert misfit(facts(None, "tools"), Needs(json_schema=True)) is None
+    assert misfit(facts(None, "json_mode"), Needs(json_schema=True)) is not None
+    assert misfit(facts(None, "json_mode", "structured_outputs"), Needs(json_schema=True)) is None
 
 
 def test_only_vectors_of_the_same_length_may_stand_in() -> None:

@@ -100,6 +100,14 @@ def test_every_choice_has_to_finish() -> None:
     assert one.complete
 
 
+def test_choices_may_finish_in_one_event() -> None:
+    one = reader(choices=2)
+    one.feed(WORDS[0])
+    both = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in (0, 1)]
+    one.feed(b"data: " + json.dumps({"id": "c1", "choices": both}).encode() + b"\n\n")
+    assert one.complete
+
+
 @pytest.mark.parametrize(
     "broken", [b"data: {oops\n\n", b"data: \xff\xfe\n\n", b"data: [1]\n\n", b"garbage: x\ndata: nope\n\n"]
 )

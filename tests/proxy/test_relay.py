@@ -305,6 +305,17 @@ def test_f04_a_stream_that_breaks_ends_with_exactly_one_error(
     )
 
 
+def test_f04_a_whole_answer_that_breaks_off_is_an_error_of_the_provider(
+    pair: House, upstream: Upstream, fallback: Upstream
+) -> None:
+    for each in (upstream, fallback):
+        each.behave(faults.cut_json())
+    response = pair.ask(None)
+    assert response.status_code == 502
+    assert response.json()["error"]["code"] == "upstream_error"
+    assert {record["status"] for record in pair.records()} == {"upstream_interrupted"}
+
+
 def test_f04_the_connection_closes_after_a_broken_stream(pair: House, upstream: Upstream) -> None:
     upstream.behave(faults.reset_after(2))
     connection = http.client.HTTPConnection("127.0.0.1", pair.port, timeout=5)

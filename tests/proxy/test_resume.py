@@ -105,6 +105,20 @@ def test_what_only_begins_like_a_stop_string_does_not() -> None:
     assert not seam.stopped
 
 
+def test_a_stop_string_that_takes_several_events_after_the_seam_is_not_shown_in_part() -> None:
+    resumption = broken_after("one <|e", stop=["<|end|>"])
+    text, reader = go_on(resumption, VLLM, "prefill", *second("n", "d", "|>", " three"))
+    assert text == ""
+    assert reader.complete and reader.finish_reason == "stop"
+
+
+def test_what_was_held_for_a_stop_string_that_never_came_is_told_at_the_end() -> None:
+    resumption = broken_after("one <|e", stop=["<|end|>"])
+    text, reader = go_on(resumption, VLLM, "prefill", *second("n", "d"))
+    assert text == "nd"
+    assert reader.complete
+
+
 def test_a_new_answer_is_passed_on_from_where_the_first_one_broke() -> None:
     resumption = broken_after("The sky", temperature=0)
     text, reader = go_on(resumption, OTHER, "restart", *second("The", " sky is", " blue"))

@@ -199,21 +199,24 @@ def test_speeds_forget_by_half_each_minute() -> None:
     assert speeds.of(1, "other", 60.0) is None
 
 
-def test_cheapest_goes_by_price_and_by_what_the_node_says_and_unknown_last() -> None:
+def test_cheapest_goes_by_what_the_node_says_else_by_the_known_price_and_unknown_last() -> None:
     route = route_of(Node(1, 10), Node(2, 20, price=0.5), Node(3, 30, price=0.2), strategy="cheapest")
     assert order(state_of(), route) == [30, 20, 10]
-    prices = {(10, "m"): 0.1}
-    told = RouteState(price=lambda provider, model: prices.get((provider, model)), clock=Clock())
-    assert order(told, route) == [10, 30, 20]
+    known = {(10, "m"): 0.3, (20, "m"): 0.1}
+    options = options_of(route)
+    told = state_of().order(route, options, price=lambda provider, model: known.get((provider, model)))
+    assert [options[each.index].node.provider_id for each in told] == [30, 10, 20]
+    assert why(told[0]) == "$0.2 for a million tokens"
 
 
 def test_cheapest_knows_the_models_that_a_node_names_apart() -> None:
     node = Node(1, 10, models=("large", "small"))
     prices = {"large": 3.0, "small": 1.0}
-    state = RouteState(price=lambda provider, model: prices.get(model), clock=Clock())
+    state = state_of()
     route = route_of(node, Node(2, 20, price=2.0), strategy="cheapest")
     options = [Option(node, "large"), Option(node, "small"), Option(route.nodes[1], "m")]
-    assert [each.index for each in state.order(route, options)] == [1, 2, 0]
+    found = state.order(route, options, price=lambda provider, model: prices.get(model))
+    assert [each.index for each in found] == [1, 2, 0]
 
 
 def test_a_nodes_strategy_overrides_the_routes() -> None:

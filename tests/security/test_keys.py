@@ -1,4 +1,4 @@
-"""Gateway keys against guessing, timing, and reaching those who must not see them: R10 to R12, R14, R17."""
+"""Gateway keys against guessing, timing, and reaching those who must not see them: R10 to R14, R17."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -27,6 +28,7 @@ from tests.support.inprocess import PEPPERS, House
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
+PADDING = (" ", "\t", "\n", "\r\n", "\0", "\u00a0", "\ufeff", ".", "=")
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -123,6 +125,76 @@ def test_r11_a_gateway_key_costs_the_control_plane_no_query() -> None:
 
 
 # -- timing (R14) ------------------------------------------------------------------------------------------------------
+
+
+def test_r13_of_a_thousand_keys_that_share_their_beginnings_each_is_only_itself() -> None:
+    """Ids that differ in one character only, secrets that are the same but for their end, and the same secret twice."""
+    stem, secret = keys.random_text(8), keys.random_text(32)
+    ids = [f"{stem}{number:02d}" for number in range(100)]
+    wholes = {
+        keys.compose(key_id, secret[: 32 - cut] + keys.random_text(cut)): key_id
+        for key_id in ids
+        for cut in range(10)
+    }
+    assert len(wholes) > 900
+    callers, numbers = {}, dict(zip(ids, range(100), strict=True))
+    for whole, key_id in wholes.items():
+        callers[key_id] = replace(caller_of(whole), id=numbers[key_id])  # of each id, one key is the good one
+    good = {key_id: next(w for w, k in reversed(wholes.items()) if k == key_id) for key_id in ids}
+    for whole, key_id in wholes.items():
+        if whole == good[key_id]:
+            assert auth.authenticate(whole, callers, PEPPERS) is callers[key_id]
+        else:
+            assert whole[:40] == f"pen_live_{key_id}{secret[:21]}"
+            with pytest.raises(InvalidApiKey):
+                auth.authenticate(whole, callers, PEPPERS)
+
+
+def test_r13_two_keys_that_share_forty_characters_have_each_their_own_limits(
+    house: House, upstream: Upstream
+) -> None:
+    house.provide("first", f"{upstream.url}/v1")
+    secret = keys.random_text(32)
+    stem = keys.random_text(9)
+    narrow, wide = (keys.compose(f"{stem}{end}", secret) for end in "ab")
+    assert narrow[19:51] == wide[19:51]
+    house.admit(replace(caller_of(narrow), id=11, name="narrow", requests_per_minute=1))
+    house.admit(replace(caller_of(wide), id=12, name="wide"))
+    assert [house.ask(key=narrow).status_code for _ in range(2)] == [200, 429]
+    assert [house.ask(key=wide).status_code for _ in range(3)] == [200] * 3
+    assert "x-ratelimit-limit-requests" not in house.ask(key=wide).headers
+    assert {house.watcher.snapshot.callers[f"{stem}{end}"].name for end in "ab"} == {"narrow", "wide"}
+
+
+def test_r13_a_key_in_other_letters_or_with_anything_around_it_is_refused() -> None:
+    key = fresh()
+    callers = {caller_of(key).key_id: caller_of(key)}
+    assert auth.authenticate(key, callers, PEPPERS)
+    wrong = {
+        key.upper(),
+        key.lower(),
+        key.swapcase(),
+        key[:19].lower() + key[19:],
+        key[:9] + key[9:].swapcase(),
+    } - {key}
+    wrong |= {f"{before}{key}{after}" for before in ("", *PADDING) for after in ("", *PADDING)} - {key}
+    for text in wrong:
+        with pytest.raises(InvalidApiKey):
+            auth.authenticate(text, callers, PEPPERS)
+
+
+@pytest.mark.parametrize("header", ["authorization", "x-api-key", "api-key", "x-goog-api-key"])
+def test_r13_nor_does_a_request_get_in_with_one(house: House, header: str) -> None:
+    scheme = "Bearer " if header == "authorization" else ""
+
+    def status(text: str) -> int:
+        return httpx.get(
+            f"{house.url}/v1/models", headers={header: f"{scheme}{text}".encode("latin-1")}
+        ).status_code
+
+    assert status(house.key) == 200
+    for text in (house.key.swapcase(), f"_{house.key}", f"{house.key},{house.key}", f'"{house.key}"'):
+        assert status(text) == 401
 
 
 def test_r14_time_does_not_tell_an_unknown_key_from_a_wrong_one() -> None:

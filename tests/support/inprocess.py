@@ -21,13 +21,15 @@ from config.connection import Limits as ServerLimits
 from config.server import Config, Server
 from providers import adapters, crypto
 from providers.crypto import Keyring, aad_for
-from providers.wire import Credential, Endpoint, Timeouts, origin_of
+from providers.wire import Credential, Endpoint, Quota, Timeouts, origin_of
 from proxy import keys
 from proxy.auth import Caller
 from proxy.endpoints import http_routes, websocket_routes
 from proxy.gateway import Gateway
 from proxy.inflight import Registry
 from proxy.needs import ModelFacts
+from proxy.price_book import FOREVER, Dated, Override, PriceBook
+from proxy.pricing import Price
 from proxy.segments import read
 from proxy.snapshot import Choice, Snapshot, Upstream
 from proxy.strategies import Node, Route
@@ -112,9 +114,11 @@ class House:
         """A gateway key with these limits (fields of Caller); the whole key."""
         key_id, secret = keys.random_text(10), keys.random_text(32)
         number = len(self._snapshot.callers) + 1
-        caller = Caller(number, key_id, name, "", keys.digest(secret, PEPPERS[1]), 1, **limits)
-        self._change(callers={**self._snapshot.callers, key_id: caller})
+        self.admit(Caller(number, key_id, name, "", keys.digest(secret, PEPPERS[1]), 1, **limits))
         return keys.compose(key_id, secret)
+
+    def admit(self, caller: Caller) -> None:
+        self._change(callers={**self._snapshot.callers, caller.key_id: caller})
 
     def revoke(self, key: str) -> None:
         parts = keys.parse(key)
@@ -161,6 +165,16 @@ class House:
         )
         return number
 
+    def add_key(self, provider_id: int, key: str, *, quota: Quota | None = None, weight: int = 1) -> int:
+        """One more sealed key of a provider; its id."""
+        upstream = self._snapshot.upstreams[provider_id]
+        number, uid = 100 * provider_id + len(upstream.credentials), str(uuid.uuid4())
+        aad = aad_for("providers.apikey", "secret", uid, upstream.endpoint.origin)
+        credential = Credential(number, uid, f"key-{number}", self.keyring.seal(key, aad=aad), weight, quota)
+        upstream = replace(upstream, credentials=(*upstream.credentials, credential))
+        self._change(upstreams={**self._snapshot.upstreams, provider_id: upstream})
+        return number
+
     def activate(self, *targets: tuple[int, str]) -> None:
         """Make these (provider id, model) the active provider of chat and its fallbacks."""
         self._change(active={"chat": tuple(Choice(number, model) for number, model in targets)})
@@ -177,6 +191,16 @@ class House:
         route = Route(number, name, mode, strategy, made, **fields)
         self._change(routes={**self._snapshot.routes, name: route})
         return route
+
+    def charge(self, *prices: tuple[int, str, Price]) -> None:
+        """Let models of providers cost something, as overrides do; the names may hold `*`."""
+        said: dict[int, list[Override]] = {}
+        for number, model, price in prices:
+            said.setdefault(number, []).append(Override(model, Dated(0.0, FOREVER, price)))
+        self.price_by(PriceBook(overrides=said))
+
+    def price_by(self, book: PriceBook) -> None:
+        self._change(prices=book)
 
     def know(self, provider_id: int, model: str, **facts: Any) -> None:
         """What is known of a model (fields of ModelFacts)."""

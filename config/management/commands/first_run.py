@@ -1,4 +1,4 @@
-"""What a new installation starts with: an administrator, a gateway key, the built-in echo provider."""
+"""What a new installation starts with: an administrator, a gateway key, the built-in echo provider, a table of prices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from config.env import refuse_wrong_settings
 from providers import keys as provider_keys
 from providers.adapters import KINDS
 from providers.models import ApiKey, Provider, UpstreamModel
-from proxy import keys
+from proxy import keys, prices
 from proxy.models import GatewayKey
 
 ECHO = "echo"
@@ -39,6 +39,8 @@ class Command(BaseCommand):
             result = prepare()
         except ValidationError as error:
             raise CommandError(" ".join(error.messages)) from None
+        # A list that cannot be used is no reason not to start; it is logged and shown on the start page.
+        prices.refresh_if_new(via="system")
         if options["json"]:
             self.stdout.write(json.dumps(result))
             return

@@ -5,12 +5,11 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from typing import Any
 
-from django.contrib.auth.models import User
 from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError
 
 from audit.changes import changes
-from proxy import keys
+from proxy import keys, owners
 from proxy.models import GatewayKey
 
 
@@ -19,7 +18,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument("name", help="who or what will use it")
-        parser.add_argument("--owner", help="the user whose usage this is")
+        parser.add_argument("--owner", help="whose usage this is: a user, or a team like team:ml")
         parser.add_argument(
             "--max-concurrency", type=int, metavar="N", help="requests at the same time; no limit if left out"
         )
@@ -27,7 +26,7 @@ class Command(BaseCommand):
     def handle(self, *args: Any, name: str, owner: str | None, **options: Any) -> None:
         key = GatewayKey(
             name=name,
-            owner=_user(owner) if owner else None,
+            holder=_owner(owner) if owner else None,
             max_concurrency=options["max_concurrency"],
         )
         whole = keys.give_secret(key)
@@ -40,8 +39,8 @@ class Command(BaseCommand):
         self.stdout.write(whole)
 
 
-def _user(name: str) -> User:
-    user = User.objects.filter(username=name).first()
-    if user is None:
-        raise CommandError(f"there is no user {name}")
-    return user
+def _owner(text: str) -> owners.Owner:
+    found = owners.find(text)
+    if found is None:
+        raise CommandError(f"there is no user or team {text}")
+    return found

@@ -5,7 +5,7 @@ from django.utils import timezone
 class Migration(migrations.Migration):
 
     dependencies = [
-        ('providers', '0003_undecryptable_keys'),
+        ('providers', '0005_provider_use'),
     ]
 
     operations = [
