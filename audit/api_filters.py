@@ -35,7 +35,14 @@ class KnownParameters(BaseFilterBackend):
 
 
 class KnownOrdering(OrderingFilter):
-    """Names of `ordering_fields`, separated by commas, each with a minus for the other way round."""
+    """Names of `ordering_fields`, separated by commas, each with a minus for the other way round.
+
+    Rows that are alike in them are ordered by their key, so that no page repeats what was on another.
+    """
+
+    def get_ordering(self, request: Request, queryset: QuerySet[Any], view: APIView) -> list[str] | None:
+        ordering = super().get_ordering(request, queryset, view)
+        return [*ordering, "pk"] if ordering else None
 
     def remove_invalid_fields(
         self, queryset: QuerySet[Any], fields: Any, view: APIView, request: Request

@@ -92,7 +92,7 @@ class AuditLog(Door):
         """What `count` says when there are too many entries to count."""
         last = Head.objects.values_list("seq", flat=True).first() or 0
         found = self.asked.order_by().filter(seq__gt=last - SAMPLE).count()
-        return found * last // SAMPLE
+        return found * last // min(last, SAMPLE)
 
     def retrieve(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         return Response(self.get_serializer(self.get_object()).data)

@@ -31,7 +31,10 @@ def things(owner: User, person: Callable[..., User], settings: Any) -> dict[str,
     """One thing of each kind that is in nobody's way, and one that is used; nothing listens where they point."""
     settings.TEST_TIMEOUT_SECONDS = 0.5
     client = as_(owner)
-    server, used = add_server(client)["id"], add_server(client, name="used")["id"]
+    server, used = (
+        add_server(client)["id"],
+        add_server(client, name="used", use_for_embeddings=True, use_for_reranking=True)["id"],
+    )
     client.post(f"{V1}/providers/{server}/models", {"id": "tiny"})
     key = add_key(client)["id"]
     with changes(actor=None, via="system"):
@@ -171,7 +174,7 @@ def requests(t: dict[str, Any]) -> dict[tuple[str, str], tuple[str, Any, list[st
         ("delete", "gateway-keys/{id}"): (f"gateway-keys/{t['gateway']}", None, ["delete_gateway_key"]),
         ("delete", "model-routes/{id}"): (f"model-routes/{t['route']}", None, ["delete_model_route"]),
         ("delete", "api-keys/{id}"): (f"api-keys/{t['key']}", None, ["delete_key"]),
-        ("delete", "servers/{id}"): (f"servers/{t['server']}", None, ["delete_server"]),
+        ("delete", "servers/{id}"): (f"servers/{t['server']}", None, ["delete_model", "delete_server"]),
         ("delete", "providers/{id}"): ("providers/{extra}", None, ["delete_server"]),
     }
     return found
