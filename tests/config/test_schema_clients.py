@@ -94,6 +94,21 @@ def test_operations_have_names_that_differ_and_words_for_people() -> None:
     assert all(operation["responses"] and operation["tags"] for _, operation in operations())
 
 
+@pytest.mark.no_database
+def test_no_shape_names_a_type_twice() -> None:
+    """`["string", "null", "null"]` is no JSON Schema, and some clients refuse all of it."""
+
+    def types(shape: Any) -> Iterator[list[str]]:
+        if isinstance(shape, dict):
+            if isinstance(shape.get("type"), list):
+                yield shape["type"]
+            shape = list(shape.values())
+        for part in shape if isinstance(shape, list) else ():
+            yield from types(part)
+
+    assert [found for found in types(read()) if len(found) != len(set(found))] == []
+
+
 @pytest.mark.django_db
 @pytest.mark.parametrize("path", ["servers", "providers", "gateway-keys", "model-routes"])
 def test_an_example_that_is_sent_as_it_stands_works(owner: User, path: str) -> None:
