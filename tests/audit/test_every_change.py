@@ -295,11 +295,6 @@ def test_r39_a_foreign_origin_may_not_read(owner: User, origin: str) -> None:
     assert "Access-Control-Allow-Credentials" not in answer
 
 
-def test_r58_trace_is_not_answered(owner: User) -> None:
-    for path in (f"{V1}/servers", "/admin/", "/ping"):
-        assert as_(owner).trace(path).status_code in {403, 405}, path
-
-
 # -- the admin -----------------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ def operations() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.no_database
+@pytest.mark.timeout(320)
 def test_a_typed_python_client_is_generated_with_every_operation_and_understands_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +47,7 @@ def test_a_typed_python_client_is_generated_with_every_operation_and_understands
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     monkeypatch.syspath_prepend(str(tmp_path))

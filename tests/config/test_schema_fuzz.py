@@ -30,9 +30,9 @@ from audit.changes import changes
 from providers.models import Provider
 from tests.support.api import V1, add_key, add_server, anybody, as_
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.timeout(400)]
 EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "3"))
-"""Requests for each operation and kind; `make soak` makes more."""
+"""Requests for each operation, right and wrong ones alike; set it higher to look longer."""
 NOWHERE = "http://127.0.0.1:9"
 CHECKS = [
     status_code_conformance,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.security.conftest import PASSWORD
+from tests.support.answers import raw
 from tests.support.gateway import Gateway
 from tests.support.upstream import Upstream
 
@@ -146,6 +147,7 @@ def shell(gateway: Gateway, **moved: str) -> Shell:
 
 
 def test_the_walk_through_for_servers_and_keys(gateway: Gateway, upstream: Upstream) -> None:
+    upstream.on("/key", raw(b'{"data": {"label": "a key"}}'))  # how OpenRouter tells of a key
     gateway.manage("first_run")
     run = shell(gateway)
     # So that the test of the key that was made at the first start asks nobody outside.
