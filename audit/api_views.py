@@ -33,6 +33,7 @@ WORDS: Mapping[str, str] = {
     "update": "change",
     "partial_update": "change",
     "destroy": "delete",
+    "bulk": "change",
 }
 """What REST framework's actions are called in the table of roles."""
 

@@ -48,7 +48,9 @@ def before_save(sender: type[models.Model], instance: models.Model, **kwargs: An
         return
     instance._audit_block = own_block()  # type: ignore[attr-defined]
     current()
-    stored = None if instance._state.adding else sender._base_manager.filter(pk=instance.pk).first()
+    # A row of a fixture (`raw`) always says that it is new, also where it replaces one.
+    new = instance._state.adding and not kwargs.get("raw")
+    stored = None if new else sender._base_manager.filter(pk=instance.pk).first()
     instance._audit_before = {} if stored is None else state_of(stored)  # type: ignore[attr-defined]
 
 

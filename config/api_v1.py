@@ -5,8 +5,10 @@ from __future__ import annotations
 from django.urls import URLPattern, URLResolver, re_path
 from rest_framework.routers import Route, SimpleRouter
 
+from audit.api_log import AuditLog
 from audit.api_tokens import ObtainToken, RefreshTokenView, RevokeToken
 from config.api_health import HealthView
+from config.api_operations import Logs, Stats
 from providers.api.active import Active
 from providers.api.api_keys import ApiKeys
 from providers.api.views import Servers, VendorsAndServers
@@ -35,7 +37,7 @@ class ActiveRouter(Router):
         ),
         Route(
             r"^{prefix}/{lookup}{trailing_slash}$",
-            {"get": "retrieve", "put": "update", "delete": "destroy"},
+            {"get": "retrieve", "put": "update", "patch": "partial_update", "delete": "destroy"},
             "{basename}-detail",
             True,
             {},
@@ -51,6 +53,7 @@ router.register("model-routes", ModelRoutes, basename="model-route")
 router.register("prices", Prices, basename="price")
 router.register("budgets", Budgets, basename="budget")
 router.register("gateway-keys", GatewayKeys, basename="gateway-key")
+router.register("audit", AuditLog, basename="audit")
 router.register("owner-limits", OwnersLimits, basename="owner-limits")
 router.register("usage", Usage, basename="usage")
 active_router = ActiveRouter()
@@ -58,6 +61,8 @@ active_router.register("active", Active, basename="active")
 
 urlpatterns: list[URLPattern | URLResolver] = [
     re_path(r"^health/?$", HealthView.as_view(), name="health"),
+    re_path(r"^admin/stats/?$", Stats.as_view({"get": "show"}), name="stats"),
+    re_path(r"^admin/logs/?$", Logs.as_view({"get": "show"}), name="logs"),
     re_path(r"^auth/token/?$", ObtainToken.as_view(), name="token"),
     re_path(r"^auth/token/refresh/?$", RefreshTokenView.as_view(), name="token-refresh"),
     re_path(r"^auth/token/revoke/?$", RevokeToken.as_view(), name="token-revoke"),

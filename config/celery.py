@@ -34,11 +34,12 @@ def keep_memory_to_itself(**kwargs: Any) -> None:
 @worker_init.connect
 @beat_init.connect
 def refuse_wrong_key(**kwargs: Any) -> None:
-    """A wrong setting or encryption key ends the process with one line, before anything is done."""
+    """A wrong setting or encryption key, or tables of another version, end the process with one line, before anything is done."""
     from django.conf import settings
     from django.db import DatabaseError
 
     from config.env import refuse_wrong_settings
+    from config.schema_version import newer_problem, older_problem
     from providers import keyring
 
     refuse_wrong_settings(list(settings.SETTINGS_PROBLEMS))
@@ -46,6 +47,9 @@ def refuse_wrong_key(**kwargs: Any) -> None:
         settings.DATA_DIR.joinpath("queue").mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
         keyring.load()
+        if problem := newer_problem() or older_problem():
+            print(f"penstock: {problem}", file=sys.stderr)
+            raise SystemExit(1)
     except keyring.WrongEncryptionKey as error:
         print(f"penstock: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -78,7 +78,9 @@ def configuration(*, level: str, style: str) -> dict[str, Any]:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.PositionalArgumentsFormatter(),
-        structlog.stdlib.ExtraAdder(allow=["status_code", "duration_ms", "provider", "location", "version"]),
+        structlog.stdlib.ExtraAdder(
+            allow=["method", "path", "status_code", "duration_ms", "provider", "location", "version"]
+        ),
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="timestamp"),
         structlog.processors.format_exc_info,
         structlog.processors.UnicodeDecoder(),

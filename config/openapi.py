@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from drf_spectacular.extensions import OpenApiAuthenticationExtension
+from drf_spectacular.openapi import AutoSchema
 
 Endpoint = tuple[str, str, str, Any]
 Schema = dict[str, Any]
@@ -25,8 +26,24 @@ STATUSES = {
     "404": "There is no such thing.",
     "409": "It is in use, or conflicts with the present state.",
     "412": "It has changed since it was read.",
+    "413": "The body is too large.",
+    "415": "The body is no JSON.",
     "429": "Too many requests.",
+    "502": "The provider does not answer as it should.",
+    "503": "It cannot be done now.",
 }
+
+
+class NamedSchema(AutoSchema):  # type: ignore[misc]
+    """Operations are named after the path and what the view calls them: `servers_test`, and not `servers_test_create`."""
+
+    def get_operation_id(self) -> str:
+        action = getattr(self.view, "action", None)
+        known = {"list", "retrieve", "create", "update", "partial_update", "destroy", None}
+        if action in known:
+            return str(super().get_operation_id())
+        collection = self.path.removeprefix("/api/v1/").partition("/")[0].replace("-", "_")
+        return f"{collection}_{action}"
 
 
 class BearerScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped-call]
@@ -87,14 +104,20 @@ def _statuses(method: str, operation: Schema) -> list[str]:
     if "health" in operation.get("tags", ()):
         return []
     named = ["401", "403", "429"] if operation.get("security") != [{}] else ["401", "429"]
-    if any(parameter["in"] == "path" for parameter in operation.get("parameters", ())):
+    named.append("503")
+    parameters = operation.get("parameters", ())
+    if any(parameter["in"] == "path" or parameter["name"] == "page" for parameter in parameters):
         named.append("404")
     asks = any(parameter["in"] == "query" for parameter in operation.get("parameters", ()))
     if asks or method in {"post", "put", "patch"}:
         named.append("400")
-    if method in {"put", "patch", "delete"}:
+    if method in {"post", "put", "patch"}:
+        named += ["409", "413", "415"]
+    if method in {"put", "patch", "delete"} or operation["operationId"].endswith(("_rotate", "_revoke")):
         named += ["409", "412"]
-    return sorted(named)
+    if operation["operationId"].endswith(("_models", "_refresh")):
+        named.append("502")
+    return sorted(set(named))
 
 
 def _error_schema() -> Schema:

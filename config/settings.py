@@ -121,6 +121,7 @@ INSTALLED_APPS = [
 
 MIDDLEWARE = [
     "audit.middleware.RequestIdMiddleware",
+    "audit.api_counts.CountingMiddleware",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "config.csp.ContentSecurityPolicy",
@@ -362,14 +363,15 @@ REST_FRAMEWORK: dict[str, Any] = {
     "DEFAULT_PERMISSION_CLASSES": ["audit.api.DenyAll"],
     "DEFAULT_PAGINATION_CLASS": "audit.api.Pages",
     "DEFAULT_FILTER_BACKENDS": [
+        "audit.api_filters.KnownParameters",
         "django_filters.rest_framework.DjangoFilterBackend",
         "rest_framework.filters.SearchFilter",
-        "rest_framework.filters.OrderingFilter",
+        "audit.api_filters.KnownOrdering",
     ],
     "DEFAULT_PARSER_CLASSES": ["audit.api.StrictJSONParser"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_THROTTLE_CLASSES": ["audit.api.CallerThrottle"],
-    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
+    "DEFAULT_SCHEMA_CLASS": "config.openapi.NamedSchema",
     "EXCEPTION_HANDLER": "audit.api.error_response",
     "TEST_REQUEST_DEFAULT_FORMAT": "json",
     "NUM_PROXIES": 0,
@@ -402,6 +404,7 @@ SPECTACULAR_SETTINGS = {
         "drf_spectacular.hooks.postprocess_schema_enums",
         "config.openapi.with_errors",
         "config.openapi.with_data_plane",
+        "config.examples.with_examples",
     ],
     "ENUM_NAME_OVERRIDES": {
         "ProbeStatus": "providers.models.health.Status",

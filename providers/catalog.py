@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.contrib.auth.base_user import AbstractBaseUser
 from django.contrib.auth.models import AnonymousUser
+from django.core.cache import cache
+from django.utils import timezone
 
 from audit.changes import Via, changes, record
 from providers import adapters, errors, keyring, upstream
@@ -19,6 +22,8 @@ from providers.wire import Answer, Credential, Endpoint, Kind, Model, WireReques
 MAX_MODELS = 2000
 MAX_NAME = 255
 MAX_NUMBER = 2**31 - 1
+FRESH_SECONDS = 300
+RETRY_SECONDS = 60
 FACTS = ("purposes", "context_window", "dimensions", "capabilities")
 
 
@@ -95,6 +100,50 @@ def by_slug(slugs: Sequence[str]) -> list[Provider]:
     return [found[slug] for slug in slugs]
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a provider listed, and when."""
+
+    at: datetime
+    models: tuple[Model, ...]
+
+
+def look(provider: Provider) -> Listing:
+    """Ask the provider for its models, and remember the answer for five minutes. Sync; never call it inside `changes()`.
+
+    Raises from `providers.errors`; then nobody asks again for a minute, since whoever does may wait long.
+    """
+    keyring.load_if_changed()
+    key = ApiKey.objects.filter(provider=provider, enabled=True).order_by("-is_default", "pk").first()
+    try:
+        found = async_to_sync(discover)(
+            provider.endpoint(), key.credential() if key else None, timeout=settings.TEST_TIMEOUT_SECONDS
+        )
+    except errors.ProviderError:
+        if UpstreamModel.objects.filter(provider=provider, enabled=True).exists():
+            cache.set(_memory(provider), Listing(timezone.now(), ()), RETRY_SECONDS)
+        raise
+    listing = Listing(timezone.now(), found)
+    cache.set(_memory(provider), listing, FRESH_SECONDS)
+    return listing
+
+
+def recall(provider: Provider) -> Listing | None:
+    """What the provider listed within the last five minutes, as far as this process knows."""
+    listing: Listing | None = cache.get(_memory(provider))
+    return listing
+
+
+def _memory(provider: Provider) -> str:
+    """Another address or key may list other models."""
+    return f"models-{provider.uid}-{provider.version}"
+
+
+def unsaved(model: Model) -> UpstreamModel:
+    """A model that was listed, as the row that it would be."""
+    return UpstreamModel(name=model.id, source=UpstreamModel.Source.DISCOVERED, **_facts(model))
+
+
 def refresh_models(
     provider: Provider,
     *,
@@ -107,11 +156,7 @@ def refresh_models(
 
     Raises from `providers.errors` when the provider cannot be asked; then nothing is changed.
     """
-    keyring.load_if_changed()
-    key = ApiKey.objects.filter(provider=provider, enabled=True).order_by("-is_default", "pk").first()
-    found = async_to_sync(discover)(
-        provider.endpoint(), key.credential() if key else None, timeout=settings.TEST_TIMEOUT_SECONDS
-    )
+    found = look(provider).models
     with changes(actor=actor, via=via, ip=ip, request_id=request_id):
         return save_models(provider, found)
 
@@ -178,8 +223,9 @@ def _update(pairs: list[tuple[UpstreamModel, Model]]) -> tuple[dict[str, Any], d
         after[row.name] = new
         for name, value in new.items():
             setattr(row, name, value)
+        row.version += 1
         rows.append(row)
-    UpstreamModel.objects.bulk_update(rows, FACTS, batch_size=200)
+    UpstreamModel.objects.bulk_update(rows, (*FACTS, "version"), batch_size=200)
     return before, after
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from django.contrib import admin
+from django.db.models.query import QuerySet
+from django.http import HttpRequest
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
 from audit.admin.base import ReadOnlyAdmin
 from audit.diff import HIDDEN
 from audit.models import Entry
+from audit.search import about_fingerprint
+
+FINGERPRINT = re.compile(r"[0-9a-f]{24}")
 
 
 @admin.register(Entry)
@@ -20,13 +26,22 @@ class EntryAdmin(ReadOnlyAdmin):
     list_display_links = ("seq", "when")
     list_filter = ("timestamp", "action", "entity_type", "via")
     search_fields = ("username", "entity_name", "action", "=request_id")
-    search_help_text = "Search by user, name, action or request id"
+    search_help_text = "Search by user, name, action, request id, or the fingerprint of a key"
     date_hierarchy = "timestamp"
     extra_lookups = frozenset({"entity_id__exact", "user_id__exact"})
     fieldsets = (
         (None, {"fields": ("seq", "when", "who", "what", "entity", "changes_table")}),
         ("Where it came from", {"fields": ("via", "address", "request_id", "hash")}),
     )
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: QuerySet[Entry], search_term: str
+    ) -> tuple[QuerySet[Entry], bool]:
+        """A fingerprint is looked for where keys came and went; everything else as usual."""
+        if FINGERPRINT.fullmatch(search_term.strip()):
+            return queryset.filter(about_fingerprint(search_term.strip())), False
+        found: tuple[QuerySet[Entry], bool] = super().get_search_results(request, queryset, search_term)
+        return found
 
     @admin.display(description="When (UTC)", ordering="timestamp")
     def when(self, entry: Entry) -> str:

@@ -105,6 +105,7 @@ class Active(Door):
         "choose": "change",
         "retrieve": "read",
         "update": "change",
+        "partial_update": "change",
         "destroy": "change",
     }
     serializer_class = ActiveSerializer
@@ -132,6 +133,22 @@ class Active(Door):
         if purpose not in Purpose.values:
             raise Http404
         return self._set(request.data, purpose)
+
+    def partial_update(self, request: Request, purpose: str, **kwargs: Any) -> Response:
+        """Change a part of it: what is left out stays."""
+        with self.changing():
+            stored = self.get_object()
+            data = request.data
+            if isinstance(data, dict):
+                kept = {
+                    name: value
+                    for name, value in self.get_serializer(stored).data.items()
+                    if name != "updated_at"
+                }
+                if {"provider_type", "provider_id"} & data.keys():
+                    kept.pop("model")
+                data = {**kept, **data}
+            return self._set(data, purpose)
 
     @extend_schema(responses={204: None})
     def destroy(self, request: Request, purpose: str, **kwargs: Any) -> Response:

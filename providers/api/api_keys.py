@@ -14,8 +14,9 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from audit import roles
-from audit.api_views import Rows, StrictSerializer, blaming
-from providers import keys
+from audit.api_bulk import Bulk
+from audit.api_views import KnownFields, Rows, StrictSerializer, blaming
+from providers import keyring, keys
 from providers.adapters import SELF_HOSTED
 from providers.api.trials import KeyTrialSerializer, try_key
 from providers.api.values import KeyField, check_store
@@ -133,6 +134,14 @@ class ApiKeySerializer(StrictSerializer[ApiKey]):
         return key
 
 
+class WholeKeySerializer(KnownFields):
+    api_key = serializers.CharField(write_only=True, max_length=4096)
+
+
+class FingerprintSerializer(serializers.Serializer[Any]):
+    fingerprint = serializers.CharField()
+
+
 class ApiKeyFilter(filters.FilterSet):  # type: ignore[misc]
     provider = filters.CharFilter(field_name="provider__slug")
     enabled_only = filters.BooleanFilter(method="only_enabled")
@@ -145,11 +154,16 @@ class ApiKeyFilter(filters.FilterSet):  # type: ignore[misc]
         return rows.filter(enabled=True) if value else rows
 
 
-class ApiKeys(Rows):
+class ApiKeys(Bulk, Rows):
     """Keys of vendors; the keys of servers are set with the server."""
 
     resource = "api_keys"
-    words: ClassVar = {"update": "replace", "partial_update": "replace", "test": "test"}
+    words: ClassVar = {
+        "update": "replace",
+        "partial_update": "replace",
+        "test": "test",
+        "fingerprint": "test",
+    }
     serializer_class = ApiKeySerializer
     queryset = ApiKey.objects.exclude(provider__kind__in=SELF_HOSTED).select_related("provider", "use")
     filterset_class = ApiKeyFilter
@@ -161,3 +175,11 @@ class ApiKeys(Rows):
     def test(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Ask the provider whether it takes this key, by the cheapest call it has. 200 whatever the result."""
         return Response(try_key(self.get_object()))
+
+    @extend_schema(request=WholeKeySerializer, responses=FingerprintSerializer)
+    @action(detail=False, methods=["post"], pagination_class=None, filter_backends=[])
+    def fingerprint(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """The keyed hash under which the audit log knows this key: was it ever stored here? Nothing is kept of the key."""
+        form = WholeKeySerializer(data=request.data)
+        form.is_valid(raise_exception=True)
+        return Response({"fingerprint": keyring.current().fingerprint(form.validated_data["api_key"])})

@@ -146,11 +146,14 @@ class ProviderSerializer(StrictSerializer[P]):
             raise serializers.ValidationError(
                 {"api_key": ["Enter the key again: base_url now leads to another scheme, host or port."]}
             )
-        self.put(provider, values)
+        saved = self.put(provider, values)
         if api_key:
             key = self._write_key(provider, api_key, enable="enabled" not in values)
             if moves:
                 keys.disable_left_behind(provider, but=key)
+            if not saved:
+                # The key is shown with the provider, so the version is that of both.
+                provider.save()
         self._write_models(provider, models)
         return provider
 

@@ -16,6 +16,7 @@ from providers.models import Provider, UpstreamModel
 
 PURPOSES = ("chat", "embeddings", "reranking")
 MAX_MODELS = 10_000
+MAX_NUMBER = 2**31 - 1
 
 
 class KeyField(serializers.CharField):
@@ -65,9 +66,9 @@ class ModelSerializer(serializers.Serializer[UpstreamModel]):
     id = serializers.CharField(source="name", max_length=255)
     purposes = serializers.ListField(child=serializers.ChoiceField(PURPOSES), required=False)
     context_window = serializers.IntegerField(
-        required=False, allow_null=True, min_value=1, max_value=2**31 - 1
+        required=False, allow_null=True, min_value=1, max_value=MAX_NUMBER
     )
-    dimensions = serializers.IntegerField(required=False, allow_null=True, min_value=1, max_value=2**31 - 1)
+    dimensions = serializers.IntegerField(required=False, allow_null=True, min_value=1, max_value=MAX_NUMBER)
     capabilities = serializers.ListField(child=serializers.CharField(max_length=64), required=False)
     enabled = serializers.BooleanField(required=False)
 
@@ -88,10 +89,15 @@ def write_models(provider: Provider, wanted: Sequence[dict[str, Any]]) -> None:
         model = stored.pop(columns["name"], None) or UpstreamModel(provider=provider)
         _write_model(model, {"enabled": True, **columns})
     for model in stored.values():
-        if model.source == UpstreamModel.Source.DISCOVERED:
-            _write_model(model, {"enabled": False})
-        else:
-            model.delete()
+        delete_model(model)
+
+
+def delete_model(model: UpstreamModel) -> None:
+    """Take a model away; one that the provider lists is only disabled."""
+    if model.source == UpstreamModel.Source.DISCOVERED:
+        _write_model(model, {"enabled": False})
+    else:
+        model.delete()
 
 
 def _write_model(model: UpstreamModel, columns: dict[str, Any]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import dataclasses
 from typing import Any, ClassVar
 
 from django.db.models.query import QuerySet
-from django.utils import timezone
 from django_filters import rest_framework as filters
 from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
@@ -14,16 +13,15 @@ from rest_framework.decorators import action
 from rest_framework.request import Request
 from rest_framework.response import Response
 
-from audit import roles
-from audit.api_errors import ip_of, request_id_of
+from audit.api_bulk import Bulk
 from audit.api_views import KnownFields, Rows, blaming
+from audit.diff import difference
 from providers import keys
+from providers.api.models import Models
 from providers.api.serializers import ProviderSerializer, ServerSerializer, UnsavedSerializer, default_url
 from providers.api.trials import TrialSerializer, try_out, try_stored
-from providers.api.values import ModelSerializer
-from providers.catalog import refresh_models
 from providers.health import set_override
-from providers.models import ApiKey, Provider, ProviderHealth, Server, UpstreamModel
+from providers.models import ApiKey, Provider, ProviderHealth, Server
 
 
 class ProviderHealthSerializer(serializers.ModelSerializer[ProviderHealth]):
@@ -44,12 +42,6 @@ class OverrideSerializer(KnownFields):
     is_healthy = serializers.BooleanField(allow_null=True, help_text="null lifts the override.")
 
 
-class ModelsSerializer(serializers.Serializer[Any]):
-    models = ModelSerializer(many=True)
-    cached = serializers.BooleanField()
-    fetched_at = serializers.DateTimeField(allow_null=True)
-
-
 class ProviderFilter(filters.FilterSet):  # type: ignore[misc]
     enabled_only = filters.BooleanFilter(method="only_enabled")
     is_active = filters.BooleanFilter(field_name="enabled")
@@ -63,7 +55,7 @@ class ProviderFilter(filters.FilterSet):  # type: ignore[misc]
         return rows.filter(enabled=True) if value else rows
 
 
-class Providers(Rows):
+class Providers(Bulk, Models, Rows):
     """Everything that can answer: vendors and servers of our own."""
 
     resource = "providers"
@@ -73,6 +65,10 @@ class Providers(Rows):
         "health": "read",
         "override": "override",
         "models": "read",
+        "model": "read",
+        "add_model": "change",
+        "change_model": "change",
+        "remove_model": "change",
         "refresh": "test",
     }
     serializer_class: Any = ProviderSerializer
@@ -86,43 +82,6 @@ class Providers(Rows):
     def test(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         """Ask the provider the cheapest question it has, with its default key. 200 whatever the result."""
         return Response(try_stored(self.get_object()))
-
-    @extend_schema(responses=ModelsSerializer)
-    @action(detail=True, methods=["get"], pagination_class=None, filter_backends=[])
-    def models(self, request: Request, *args: Any, **kwargs: Any) -> Response:
-        """The models that are known of this provider. Where none are known yet, it is asked."""
-        provider = self.get_object()
-        known = provider.upstream_models.filter(enabled=True)
-        cached = known.exists() or not roles.may(request.user, self.resource, "test")
-        return self._models(provider, fetched_at=None if cached else self._refresh(provider))
-
-    @extend_schema(request=None, responses=ModelsSerializer)
-    @action(
-        detail=True, methods=["post"], url_path="models/refresh", pagination_class=None, filter_backends=[]
-    )
-    def refresh(self, request: Request, *args: Any, **kwargs: Any) -> Response:
-        """Ask the provider which models it has, and keep the answer. What people wrote about a model stays."""
-        provider = self.get_object()
-        return self._models(provider, fetched_at=self._refresh(provider))
-
-    def _refresh(self, provider: Provider) -> datetime:
-        request = self.request
-        refresh_models(
-            provider, actor=request.user, via="api", ip=ip_of(request), request_id=request_id_of(request)
-        )
-        return timezone.now()
-
-    def _models(self, provider: Provider, *, fetched_at: datetime | None) -> Response:
-        """What is stored; when nothing was fetched just now, it is as old as the last probe."""
-        known: Any = UpstreamModel.objects.filter(provider=provider, enabled=True)
-        probed_at = getattr(getattr(provider, "health", None), "last_checked_at", None)
-        return Response(
-            {
-                "models": ModelSerializer(known, many=True).data,
-                "cached": fetched_at is None,
-                "fetched_at": fetched_at or probed_at,
-            }
-        )
 
 
 class VendorsAndServers(Providers):
@@ -148,7 +107,7 @@ class VendorsAndServers(Providers):
     @extend_schema(responses=TrialSerializer)
     @action(detail=False, methods=["post"], url_path="test-direct", serializer_class=UnsavedSerializer)
     def test_direct(self, request: Request, *args: Any, **kwargs: Any) -> Response:
-        """Test a provider that is not saved, and save nothing."""
+        """Test a provider that is not saved, and save nothing but the audit entry that it was dialled."""
         form: Any = self.get_serializer(data=request.data)
         form.is_valid(raise_exception=True)
         values = {**form.validated_data}
@@ -157,13 +116,20 @@ class VendorsAndServers(Providers):
         provider.base_url = provider.base_url or default_url(provider.kind)
         with form.named():
             provider.full_clean(validate_unique=False, validate_constraints=False)
-        credential = None
+        credential, key = None, ApiKey(provider=provider, name="unsaved")
         if api_key:
-            key = ApiKey(provider=provider, name="unsaved")
             with blaming("api_key"):
                 keys.store(key, api_key)
             credential = key.credential()
+        self._note_test(provider, key.fingerprint if credential else "")
         return Response(try_out(provider, credential))
+
+    def _note_test(self, provider: Provider, fingerprint: str) -> None:
+        """Whom we dial is the caller's choice, as if he had saved it, so it is recorded before it happens."""
+        identity = dataclasses.replace(provider.audit_identity(), entity_id="")
+        dialled = {"base_url": provider.base_url, "kind": provider.kind, "fingerprint": fingerprint}
+        with self.changing() as change:
+            change.add(verb="test", identity=identity, changes=difference({}, dialled))
 
     def _health(self, provider: Provider) -> Response:
         return Response(ProviderHealthSerializer(getattr(provider, "health", None) or ProviderHealth()).data)

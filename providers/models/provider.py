@@ -250,7 +250,7 @@ class ApiKey(Limited, Versioned):
         )
 
 
-class UpstreamModel(models.Model):
+class UpstreamModel(Versioned):
     """A model that a provider can serve: found by asking it, or written by hand."""
 
     class Source(models.TextChoices):
@@ -265,7 +265,6 @@ class UpstreamModel(models.Model):
     capabilities = models.JSONField(default=list, blank=True)
     enabled = models.BooleanField(default=True)
     source = models.CharField(max_length=16, choices=Source, default=Source.MANUAL, editable=False)
-    created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:
         ordering: ClassVar = ["provider", "name"]
@@ -276,6 +275,18 @@ class UpstreamModel(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        super().save(*args, **kwargs)
+        self._changes_its_provider()
+
+    def delete(self, *args: Any, **kwargs: Any) -> Any:
+        self._changes_its_provider()
+        return super().delete(*args, **kwargs)
+
+    def _changes_its_provider(self) -> None:
+        """A provider is shown and sent back with its models, so who has not seen this one must not overwrite it."""
+        Provider.objects.filter(pk=self.provider_id).update(version=models.F("version") + 1)
 
     def take_over(self) -> None:
         """A person wrote down what it can do, so what the provider tells of it no longer counts. Does not save."""

@@ -13,6 +13,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from audit import roles
+from audit.api_bulk import Bulk
 from audit.api_errors import Conflict
 from audit.api_views import KnownFields, Rows, StrictSerializer, word_of
 from proxy import keys
@@ -101,7 +102,7 @@ class RotationSerializer(KnownFields):
     )
 
 
-class GatewayKeys(Rows):
+class GatewayKeys(Bulk, Rows):
     """The keys that applications call with. A member sees his own and those of his teams."""
 
     resource = "gateway_keys"

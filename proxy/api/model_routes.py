@@ -13,6 +13,7 @@ from rest_framework.decorators import action
 from rest_framework.request import Request
 from rest_framework.response import Response
 
+from audit.api_bulk import Bulk
 from audit.api_errors import Conflict
 from audit.api_views import MAX_INTEGER, KnownFields, Rows, StrictSerializer
 from providers.models import Provider
@@ -163,10 +164,11 @@ class RouteFilter(filters.FilterSet):  # type: ignore[misc]
         fields: ClassVar = ["name", "mode", "strategy", "is_active"]
 
 
-class ModelRoutes(Rows):
+class ModelRoutes(Bulk, Rows):
     """Public model names that lead to nodes, by a mode and a strategy."""
 
     resource = "routes"
+    switch = "is_active"
     words: ClassVar = {"select": "test", "state": "read"}
     serializer_class = ModelRouteSerializer
     queryset: QuerySet[ModelRoute] = ModelRoute.objects.prefetch_related("nodes__provider")

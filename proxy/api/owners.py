@@ -16,7 +16,7 @@ from proxy.models import OwnerLimits
 
 @extend_schema_field(
     {
-        "type": ["string", "null"],
+        "type": "string",
         "description": "A user name, or `team:` and the name of a team; a user's id is accepted too.",
         "examples": ["alice", "team:ml"],
     }

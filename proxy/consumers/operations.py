@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import os
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
 from django.conf import settings
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest, multiprocess
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from audit.api_counts import registry
 from proxy.gateway import Gateway
 from proxy.watcher import Watcher
 
@@ -59,11 +59,7 @@ async def metrics(gateway: Gateway, scope: dict[str, Any], send: Send) -> None:
     if not _may_read(scope):
         await _answer(send, 404, b'{"error":{"code":"not_found","message":"There is nothing at this path."}}')
         return
-    registry = REGISTRY
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-        registry = CollectorRegistry()
-        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    await _answer(send, 200, generate_latest(registry), CONTENT_TYPE_LATEST.encode())
+    await _answer(send, 200, generate_latest(registry()), CONTENT_TYPE_LATEST.encode())
 
 
 def _may_read(scope: dict[str, Any]) -> bool:

@@ -11,9 +11,10 @@ from django.core.management import call_command
 from django.db import transaction
 
 from audit import roles
+from audit.api_counts import template
 from audit.changes import changes
 from audit.models import Entry, Head
-from config.api_v1 import active_router, router
+from config import api_v1
 from providers.models import Provider
 from tests.support.api import V1, add_key, add_server, anybody, as_
 
@@ -31,6 +32,11 @@ MATRIX: list[tuple[str, str, str]] = [
     ("delete", "servers/{server}", WRITE),
     ("post", "servers/{server}/test", WRITE),
     ("get", "servers/{server}/models", READ),
+    ("post", "servers/{server}/models", WRITE),
+    ("get", "servers/{server}/models/{model}", READ),
+    ("patch", "servers/{server}/models/{model}", WRITE),
+    ("delete", "servers/{server}/models/{model}", WRITE),
+    ("post", "servers/bulk", WRITE),
     ("post", "servers/{server}/models/refresh", WRITE),
     ("get", "providers", READ),
     ("post", "providers", WRITE),
@@ -41,6 +47,11 @@ MATRIX: list[tuple[str, str, str]] = [
     ("post", "providers/{server}/test", WRITE),
     ("post", "providers/test-direct", WRITE),
     ("get", "providers/{server}/models", READ),
+    ("post", "providers/{server}/models", WRITE),
+    ("get", "providers/{server}/models/{model}", READ),
+    ("patch", "providers/{server}/models/{model}", WRITE),
+    ("delete", "providers/{server}/models/{model}", WRITE),
+    ("post", "providers/bulk", WRITE),
     ("post", "providers/{server}/models/refresh", WRITE),
     ("get", "providers/{server}/health", READ),
     ("patch", "providers/{server}/health", WRITE),
@@ -51,10 +62,13 @@ MATRIX: list[tuple[str, str, str]] = [
     ("patch", "api-keys/{key}", WRITE),
     ("delete", "api-keys/{key}", ADMIN),
     ("post", "api-keys/{key}/test", WRITE),
+    ("post", "api-keys/fingerprint", WRITE),
+    ("post", "api-keys/bulk", ADMIN),
     ("get", "active", READ),
     ("post", "active", WRITE),
     ("get", "active/{purpose}", READ),
     ("put", "active/{purpose}", WRITE),
+    ("patch", "active/{purpose}", WRITE),
     ("delete", "active/{purpose}", WRITE),
     ("get", "model-routes", READ),
     ("post", "model-routes", WRITE),
@@ -64,6 +78,7 @@ MATRIX: list[tuple[str, str, str]] = [
     ("delete", "model-routes/{route}", WRITE),
     ("post", "model-routes/{route}/select", WRITE),
     ("get", "model-routes/{route}/state", READ),
+    ("post", "model-routes/bulk", WRITE),
     ("get", "prices", READ),
     ("post", "prices", WRITE),
     ("get", "prices/{price}", READ),
@@ -83,6 +98,12 @@ MATRIX: list[tuple[str, str, str]] = [
     ("post", "gateway-keys/{gateway}/revoke", "m" + WRITE),
     ("post", "gateway-keys/{gateway}/rotate", "m" + WRITE),
     ("post", "gateway-keys/{gateway}/empty-cache", "m" + WRITE),
+    ("post", "gateway-keys/bulk", ADMIN),
+    ("get", "audit", WRITE),
+    ("get", "audit/{entry}", WRITE),
+    ("get", "audit/verify", WRITE),
+    ("get", "admin/stats", READ),
+    ("get", "admin/logs", ADMIN),
     ("get", "owner-limits", READ),
     ("post", "owner-limits", ADMIN),
     ("get", "owner-limits/{limits}", READ),
@@ -117,6 +138,7 @@ def things(people: dict[str, User]) -> dict[str, Any]:
     route = client.post(f"{V1}/model-routes", {"name": "fast", "nodes": [{"provider_id": server}]}).json()[
         "id"
     ]
+    client.post(f"{V1}/servers/{server}/models", {"id": "meta/tiny"})
     override = {
         "provider": "openai",
         "model": "gpt-*",
@@ -127,7 +149,7 @@ def things(people: dict[str, User]) -> dict[str, Any]:
     limits = client.post(f"{V1}/owner-limits", {"owner": "the-member"}).json()["id"]
     return {
         "server": server, "key": key, "gateway": gateway, "purpose": "chat", "route": route, "price": price,
-        "limits": limits, "usage": RECORD,
+        "limits": limits, "usage": RECORD, "model": "meta/tiny", "entry": 1,
         "budget": client.post(f"{V1}/budgets", {"provider": "openai", "amount_usd": 1}).json()["id"],
     }  # fmt: skip
 
@@ -165,24 +187,24 @@ def test_the_matrix_has_every_route() -> None:
 
 def _routes() -> Iterator[tuple[str, set[str]]]:
     """The paths of the router and their methods, as the matrix writes them."""
-    names = {
+    ids = {
         "servers": "{server}",
         "providers": "{server}",
         "api-keys": "{key}",
-        "active": "{purpose}",
         "model-routes": "{route}",
+        "gateway-keys": "{gateway}",
+        "audit": "{entry}",
         "prices": "{price}",
         "owner-limits": "{limits}",
         "usage": "{usage}",
         "budgets": "{budget}",
     }
-    for pattern in (*router.urls, *active_router.urls):
-        actions = getattr(pattern.callback, "actions", {})
-        text = str(pattern.pattern).strip("^$").replace("/?", "").replace("\\", "")
-        head, _, rest = text.partition("/")
-        if "(?P<" in rest:
-            rest = names.get(head, "{gateway}") + rest[rest.rindex(")") + 1 :]
-        yield "/".join(part for part in (head, rest) if part), set(actions) - {"head", "options"}
+    for pattern in api_v1.urlpatterns:
+        actions = getattr(pattern.callback, "actions", {})  # type: ignore[union-attr]
+        path = template(str(pattern.pattern)).strip("/")
+        path = path.replace("{id}", ids.get(path.partition("/")[0], "{id}")).replace("{model_id}", "{model}")
+        if actions:
+            yield path, set(actions) - {"head", "options"}
 
 
 def test_what_is_not_in_the_table_is_denied(people: dict[str, User]) -> None:

@@ -62,7 +62,10 @@ def test_a_provider_is_tested_without_being_saved(operator: User, upstream: Upst
     assert response.status_code == 200, response.content
     assert response.json()["status"] == "online"
     assert Provider.objects.count() == before
-    assert not Entry.objects.filter(username="operator").exists()
+    noted = Entry.objects.get(username="operator")
+    assert (noted.action, noted.entity_type, noted.entity_id) == ("test_server", "ai_server", "")
+    assert noted.changes["base_url"] == [None, f"{upstream.url}/v1"]
+    assert KEY not in json.dumps(noted.changes) and noted.changes["fingerprint"][1]
     sent = upstream.ledger.last.headers
     assert KEY in json.dumps({str(name): str(value) for name, value in dict(sent).items()})
     assert KEY not in response.content.decode()

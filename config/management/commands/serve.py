@@ -10,6 +10,7 @@ from django.db import DatabaseError, connections
 
 from config.connection import Limits
 from config.env import refuse_wrong_settings
+from config.schema_version import newer_problem, older_problem
 from config.server import Config, Server, bind
 from config.workers import Workers
 from providers import keyring
@@ -59,10 +60,12 @@ class Command(BaseCommand):
 
 
 def _refuse() -> None:
-    """End here, before anything listens, when a setting or the encryption key is wrong."""
+    """End here, before anything listens, when a setting or the encryption key is wrong, or the tables are not ours."""
     refuse_wrong_settings(list(settings.SETTINGS_PROBLEMS))
     try:
         keyring.load()
+        if problem := newer_problem() or older_problem():
+            raise CommandError(problem)
     except keyring.WrongEncryptionKey as error:
         raise CommandError(str(error)) from None
     except DatabaseError as error:

@@ -1,0 +1,16 @@
+"""Django's `migrate`, by one process at a time, and never by an older version than the one that made the tables."""
+
+from typing import Any
+
+from django.core.management.base import CommandError
+from django.core.management.commands.migrate import Command as DjangoCommand
+
+from config.schema_version import alone, newer_problem
+
+
+class Command(DjangoCommand):
+    def handle(self, *args: Any, **options: Any) -> None:
+        with alone():
+            if problem := newer_problem():
+                raise CommandError(problem)
+            super().handle(*args, **options)
