@@ -47,7 +47,16 @@ class Versioned(models.Model):
         super().save(*args, **kwargs)
 
 
-class Provider(Versioned):
+class Managed(models.Model):
+    """A row that may belong to a configuration file: `managed_by` is the name that the file gives itself, or empty."""
+
+    managed_by = models.CharField(max_length=100, blank=True, editable=False)
+
+    class Meta:
+        abstract = True
+
+
+class Provider(Managed, Versioned):
     """A vendor, or a server of our own: where it is, how it is dialled and what it is used for."""
 
     uid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
@@ -189,7 +198,7 @@ class Server(Provider):
         return self.name
 
 
-class ApiKey(Versioned):
+class ApiKey(Managed, Versioned):
     """A credential of a provider.
 
     secret: always sealed for this row and the provider's origin; what is sealed is the key itself or a reference to
@@ -248,7 +257,7 @@ class ApiKey(Versioned):
         )
 
 
-class UpstreamModel(models.Model):
+class UpstreamModel(Managed):
     """A model that a provider can serve: found by asking it, or written by hand."""
 
     class Source(models.TextChoices):

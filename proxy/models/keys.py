@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from audit.changes import Identity
 from providers.fields import SealedField
-from providers.models.provider import Versioned
+from providers.models.provider import Managed, Versioned
 
 LIMIT: dict[str, Any] = {"null": True, "blank": True, "validators": [MinValueValidator(1)]}
 
@@ -35,7 +35,7 @@ def check_networks(networks: Any) -> None:
             raise ValidationError(f"{str(network)[:64]!r} is not a network like 10.0.0.0/8.") from error
 
 
-class GatewayKey(Versioned):
+class GatewayKey(Managed, Versioned):
     """A key that we issue. Its secret is kept only as an HMAC under a numbered pepper and was shown once.
 
     previous_*: the secret before the last rotation, good until `previous_until`.
