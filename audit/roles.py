@@ -45,6 +45,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         },
         "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "audit": {Role.OPERATOR: _READ},
+        "backups": {},
         "key_stores": {},
         "allow_private": {},
         "users": {},

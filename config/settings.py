@@ -34,6 +34,8 @@ ALLOW_INSECURE_HTTP = env.flag("ALLOW_INSECURE_HTTP", False)
 DATA_DIR = Path(env.text("DATA_DIR", str(BASE_DIR / "var"))).absolute()
 LOG_DIR = Path(env.text("LOG_DIR", str(DATA_DIR / "logs"))).absolute()
 SPOOL_DIR = DATA_DIR / "spool"
+BACKUP_FILE = Path(env.text("BACKUP_FILE", str(DATA_DIR / "backups" / "config_backup.json"))).absolute()
+BACKUP_KEEP = env.whole("BACKUP_KEEP", 14, least=0, most=10_000)
 WEB_CONCURRENCY = env.whole("WEB_CONCURRENCY", 1, least=1, most=64)
 DEBUG = env.flag("DEBUG", False)
 
@@ -261,6 +263,7 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 3600.0,
         "options": {"expires": 1800},
     },
+    "backup-config": {"task": "config.tasks.backup_config", "schedule": 5.0, "options": {"expires": 30}},
     "anchor-head": {"task": "audit.tasks.anchor_head", "schedule": 60.0, "options": {"expires": 50}},
 }
 

@@ -68,6 +68,24 @@ class Opener:
         return bool(key.secret) and key.fingerprint == self._ours.fingerprint(value.reveal())
 
 
+def opens_here(described: Any) -> bool:
+    """Whether the keyring of a document opens with an encryption key of this installation; takes a while."""
+    return _unwrapped(described) is not None
+
+
+def set_aside(text: str, *, purpose: str) -> str:
+    """A text sealed for `purpose` alone: what waits for somebody's word must not lie about in clear."""
+    return keyring.current().seal(text, aad=purpose.encode())
+
+
+def taken_up(sealed: str, *, purpose: str) -> str:
+    """What was set aside. Raises CannotOpen."""
+    try:
+        return keyring.current().open(sealed, aad=purpose.encode()).reveal()
+    except CredentialUnavailable as error:
+        raise CannotOpen("It was set aside for somebody else, or under a key that is gone.") from error
+
+
 def data_key(sealed: str) -> str:
     """The id of the data key that a value is sealed under; empty when it is no sealed value."""
     return crypto.key_id(sealed)

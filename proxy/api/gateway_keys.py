@@ -59,9 +59,9 @@ class GatewayKeySerializer(StrictSerializer[GatewayKey]):
         fields: ClassVar[Any] = (
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
             "max_concurrency", "allowed_models", "allowed_networks", "resume_streams", "expires_at", "revoked_at", "requests_count",
-            "last_used_at", "created_by", "created_at", "updated_at",
+            "last_used_at", "managed_by", "created_by", "created_at", "updated_at",
         )  # fmt: skip
-        read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "created_by")
+        read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "managed_by", "created_by")
         validators: ClassVar[list[Any]] = []
         extra_kwargs: ClassVar[Any] = {
             "max_concurrency": {

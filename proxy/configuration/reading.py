@@ -197,7 +197,7 @@ def _check_events(text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_YAML_DEPTH:
-            raise Unreadable(f"Line {event.start_mark.line + 1} is nested too deeply.")
+            raise Unreadable("The file is nested too deeply.")
         if count > MAX_YAML_EVENTS:
             raise Unreadable("The file has too many values.")
 

@@ -39,6 +39,7 @@ class Refused(Exception):
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("; ".join(map(str, problems[:3])))
+        self.total = len(problems)
         self.problems = tuple(problems[:MAX_PROBLEMS])
 
 
@@ -213,14 +214,19 @@ class _Restoring:
             with transaction.atomic():
                 yield
         except ValidationError as error:
-            found = error.message_dict if hasattr(error, "error_dict") else {WHOLE: error.messages}
-            for name, messages in found.items():
+            found = error.error_dict if hasattr(error, "error_dict") else {WHOLE: error.error_list}
+            for name, errors in found.items():
                 word = WHOLE if name == "__all__" else self._source.word(section, name)
-                self.problems += [Problem(place, word, message) for message in messages]
+                self.problems += [Problem(place, word, message) for each in errors for message in _said(each)]
         except (models.ProtectedError, models.RestrictedError) as error:
             self.problems.append(Problem(place, WHOLE, problem_of(error).message))
         except IntegrityError:
             self.problems.append(Problem(place, WHOLE, "This conflicts with what is stored."))
+
+
+def _said(error: ValidationError) -> list[str]:
+    """What the model says, but for one message of Django's that repeats the value, which may be a key in the wrong column."""
+    return ["This is none of the choices."] if error.code == "invalid_choice" else error.messages
 
 
 class _Index:

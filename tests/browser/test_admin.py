@@ -40,6 +40,7 @@ PAGES = (
     "/admin/proxy/gatewaykey/1/rotate/",
     "/admin/proxy/gatewaykey/1/revoke/",
     "/admin/proxy/gatewaykey/1/delete/",
+    "/admin/backup/",
     "/admin/proxy/usagerecord/",
     "/admin/providers/healthcheck/",
     "/admin/audit/entry/",

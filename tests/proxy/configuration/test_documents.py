@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-import yaml
-from django.conf import settings
-from django.contrib.auth.models import User
 from hypothesis import HealthCheck, given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
 
 from audit.changes import changes
 from audit.models import Entry, Head
-from providers import crypto, keys
-from providers.models import ApiKey, Keyring, Provider, UpstreamModel
+from providers.models import Keyring, Provider, UpstreamModel
 from proxy.configuration import document, foreign, reading
 from proxy.configuration.restoring import restore
 from proxy.configuration.sections import SECTIONS
-from proxy.models import GatewayKey, ModelRoute
-from tests.support.configuration import CANARY, empty, refused, restored, source
+from proxy.models import ModelRoute
+from tests.support.configuration import CANARY, empty, refused, restored
 from tests.support.rows import spellings
 
 pytestmark = pytest.mark.django_db
@@ -68,7 +63,9 @@ def test_a_file_for_people_has_references_and_no_other_secret(filled: str) -> No
     }
     assert not {"keyring", "peppers", "made", "users"} & made.keys()
     assert "hmac" not in made["gateway_keys"][0]
-    assert [entry["slug"] for entry in made["providers"]] == ["box", "openai"], "untouched vendors are left out"
+    assert [entry["slug"] for entry in made["providers"]] == ["box", "openai"], (
+        "untouched vendors are left out"
+    )
     assert [entry["name"] for entry in made["models"]] == ["tiny"], "so is what a provider lists by itself"
 
 
@@ -107,7 +104,9 @@ def test_each_changed_object_is_one_entry_of_the_audit_log(filled: str) -> None:
     restored(made)
 
     entries = Entry.objects.filter(seq__gt=head + 1)
-    assert [(entry.action, entry.via, entry.entity_name) for entry in entries] == [("update_server", "restore", "Box")]
+    assert [(entry.action, entry.via, entry.entity_name) for entry in entries] == [
+        ("update_server", "restore", "Box")
+    ]
     assert entries[0].changes == {"priority": [5, 100], "metadata": [{}, {"rack": 7}]}
 
 
@@ -127,14 +126,19 @@ def test_a_dry_run_says_the_same_and_changes_nothing(filled: str) -> None:
 def test_pruning_makes_the_database_exactly_what_the_document_says(filled: str) -> None:
     made = document.build(sealed=True)
     with changes(actor=None, via="system"):
-        extra = Provider.objects.create(slug="extra", name="Extra", kind="ollama", base_url="http://127.0.0.1:9102")
+        extra = Provider.objects.create(
+            slug="extra", name="Extra", kind="ollama", base_url="http://127.0.0.1:9102"
+        )
         ModelRoute.objects.create(name="late").nodes.create(position=0, provider=extra)
 
     merged = restored(made)
     assert merged.changes == () and Provider.objects.filter(slug="extra").exists()
     restored(made, prune=True)
 
-    assert not Provider.objects.filter(slug="extra").exists() and not ModelRoute.objects.filter(name="late").exists()
+    assert (
+        not Provider.objects.filter(slug="extra").exists()
+        and not ModelRoute.objects.filter(name="late").exists()
+    )
     assert document.content_of(document.build(sealed=True)) == document.content_of(made)
 
 
@@ -182,7 +186,9 @@ providers = st.fixed_dictionaries(
     {
         "slug": words,
         "kind": st.sampled_from(["vllm", "ollama", "openai-compatible"]),
-        "base_url": st.sampled_from(["http://127.0.0.1:9101", "http://10.1.2.3:80/v1", "https://example.org/llm"]),
+        "base_url": st.sampled_from(
+            ["http://127.0.0.1:9101", "http://10.1.2.3:80/v1", "https://example.org/llm"]
+        ),
         "enabled": st.booleans(),
         "priority": st.integers(-1000, 1000),
         "metadata": metadata,
@@ -191,10 +197,18 @@ providers = st.fixed_dictionaries(
     }
 )
 key_entries = st.fixed_dictionaries(
-    {"name": words, "secret": st.text("abcdef0123456789", min_size=1, max_size=40) | st.just("env://SOME"), "weight": st.integers(1, 9)}
+    {
+        "name": words,
+        "secret": st.text("abcdef0123456789", min_size=1, max_size=40) | st.just("env://SOME"),
+        "weight": st.integers(1, 9),
+    }
 )
 model_entries = st.fixed_dictionaries(
-    {"name": words, "purposes": st.lists(st.sampled_from(["chat", "embeddings"]), unique=True), "enabled": st.booleans()}
+    {
+        "name": words,
+        "purposes": st.lists(st.sampled_from(["chat", "embeddings"]), unique=True),
+        "enabled": st.booleans(),
+    }
 )
 
 
@@ -213,11 +227,17 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
     slugs = [entry["slug"] for entry in made["providers"]]
     for name in draw(st.lists(words, max_size=2, unique=True)):
         nodes = [{"provider": slug, "weight": 2} for slug in draw(st.permutations(slugs))]
-        made["model_routes"].append({"name": name, "mode": draw(st.sampled_from(["auto", "multi"])), "nodes": nodes})
+        made["model_routes"].append(
+            {"name": name, "mode": draw(st.sampled_from(["auto", "multi"])), "nodes": nodes}
+        )
     return made
 
 
-@bounds(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@bounds(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(configurations())
 def test_any_configuration_comes_back_as_it_was(ring: None, made: dict[str, Any]) -> None:
     empty()
