@@ -255,16 +255,17 @@ def _key_name(slug: str) -> str:
 
 
 def _models(item: Mapping[str, Any], wrong: _Wrong) -> list[str]:
-    models = item.get("models") or []
-    names = (
-        [each.get("id") or each.get("name") if isinstance(each, Mapping) else each for each in models]
-        if isinstance(models, list)
-        else [None]
-    )
-    if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+    listed = item.get("models") or []
+    found = [_model_name(each) for each in listed] if isinstance(listed, list) else [""]
+    names = [name for name in found if isinstance(name, str) and name]
+    if names != found or len(set(names)) != len(names):
         wrong("models", "Write a list of names, each of them once.")
         return []
     return names
+
+
+def _model_name(each: Any) -> Any:
+    return (each.get("id") or each.get("name")) if isinstance(each, Mapping) else each
 
 
 def _route(item: Mapping[str, Any], source: Source, wrong: _Wrong, slugs: dict[Any, str]) -> None:

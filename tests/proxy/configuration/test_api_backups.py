@@ -142,15 +142,11 @@ def test_what_is_wrong_is_told_by_place(owner: User) -> None:
 )
 def test_a_body_that_would_hurt_is_400(owner: User, body: bytes) -> None:
     head = Head.objects.get().seq
-    response = as_(owner).generic(
-        "POST", f"{V1}/admin/providers/restore", body, content_type="application/json"
-    )
+    response = as_(owner).post(f"{V1}/admin/providers/restore", body, content_type="application/json")
 
     assert response.status_code == 400 and error(response)["message"]
     assert Head.objects.get().seq == head
-    response = as_(owner).generic(
-        "POST", f"{V1}/admin/providers/restore", b"a: b", content_type="application/yaml"
-    )
+    response = as_(owner).post(f"{V1}/admin/providers/restore", b"a: b", content_type="application/yaml")
     assert response.status_code == 415
 
 
