@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def is_due(now: datetime) -> bool:
     if head is None:
         return False
     stored = head_of(path)
-    if stored == head and _day_file(path, now).exists():
+    if stored == head and (not settings.BACKUP_KEEP or _day_file(path, now).exists()):
         return False
     if stored is None or stored == head:
         return True
@@ -192,8 +193,17 @@ def _keep_former(path: Path, made: dict[str, Any]) -> None:
         content, at = {}, timezone.now()
     if content != document.content_of(made):
         name = f"{path.stem}.{at.astimezone(UTC):%Y%m%dT%H%M%SZ}{path.suffix}"
-        with contextlib.suppress(FileExistsError, FileNotFoundError):
-            path.with_name(name).hardlink_to(path)
+        _second_name(path, path.with_name(name))
+
+
+def _second_name(path: Path, name: Path) -> None:
+    """Keep what `path` holds under `name` as well, unless that is taken. Not every disk can give a file two names."""
+    try:
+        name.hardlink_to(path)
+    except FileExistsError:
+        pass
+    except OSError:
+        shutil.copy2(path, name)
 
 
 def _day_file(path: Path, moment: datetime) -> Path:
@@ -201,8 +211,8 @@ def _day_file(path: Path, moment: datetime) -> Path:
 
 
 def _keep_day(path: Path, made: dict[str, Any]) -> None:
-    with contextlib.suppress(FileExistsError):
-        _day_file(path, datetime.fromisoformat(made["made"]["at"])).hardlink_to(path)
+    if settings.BACKUP_KEEP:
+        _second_name(path, _day_file(path, datetime.fromisoformat(made["made"]["at"])))
 
 
 def _forget_old(path: Path) -> None:

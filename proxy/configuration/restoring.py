@@ -88,8 +88,8 @@ def restore(
 
 
 def _checked(source: Source) -> Mapping[str, Any]:
-    """The document, if it has the shape of one. Raises Refused."""
-    problems = list(source.problems)
+    """The document, if it has the shape of one and is for this installation. Raises Refused."""
+    problems = []
     for name, value in source.document.items():
         if name in HEADINGS:
             continue
@@ -101,9 +101,8 @@ def _checked(source: Source) -> Mapping[str, Any]:
     if mark is not None and not (isinstance(mark, str) and len(mark) <= 100):
         problems.append(Problem(WHOLE, "managed_by", "Write a name of at most 100 characters."))
     problems += _other_peppers(source.document.get("peppers"))
-    if problems and not all(isinstance(source.document.get(name, []), list) for name in BY_NAME):
-        raise Refused(problems)
-    source.problems = problems
+    if problems:
+        raise Refused([*source.problems, *problems])
     return source.document
 
 
@@ -123,7 +122,7 @@ class _Restoring:
     def __init__(self, source: Source, document: Mapping[str, Any], *, author: str) -> None:
         self._source = source
         self._document = document
-        self.problems = source.problems
+        self.problems = list(source.problems)
         sealed = {
             transfer.data_key(entry["sealed"])
             for entry in document.get("api_keys", ())

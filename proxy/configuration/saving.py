@@ -98,10 +98,18 @@ def save_provider(draft: Draft) -> None:
         provider.base_url = kind.base_url.rstrip("/")
     stored = Provider.objects.get(pk=provider.pk) if not draft.new and "base_url" in draft.before else None
     draft.check_and_save()
-    if stored is not None and keys.moves(stored, provider.base_url):
+    if stored is not None and stored.base_url != provider.base_url and _moves(stored, provider.base_url):
         run.moved[provider.pk] = draft.place
     if "enabled" in draft.entry:
         run.said_enabled.add(provider.pk)
+
+
+def _moves(stored: Provider, base_url: str) -> bool:
+    """Whether the stored keys would be sent elsewhere; they certainly would where the old address was none."""
+    try:
+        return keys.moves(stored, base_url)
+    except ValueError:
+        return True
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -119,6 +127,9 @@ def save_api_key(draft: Draft) -> None:
     key = draft.row
     if not hasattr(key, "provider"):
         raise ValidationError({"provider": ["This field is required."]})
+    if not draft.new and draft.before.get("provider", key.provider) != key.provider:
+        raise ValidationError({"provider": ["A key stays with its provider; add it there anew."]})
+    _refuse_without_address(key.provider)
     first = draft.new and not key.provider.keys.exists()
     if first and "is_default" not in draft.entry:
         key.is_default = True
@@ -128,6 +139,14 @@ def save_api_key(draft: Draft) -> None:
     draft.check_and_save(always=always)
     if first and not key.provider.enabled and not key.provider.self_hosted:
         _enable(draft)
+
+
+def _refuse_without_address(provider: Provider) -> None:
+    """A row may have been written past the forms; nothing can be sealed for an address that is none."""
+    try:
+        _ = provider.origin
+    except ValueError as error:
+        raise ValidationError({"provider": ["The base URL of this provider is no address."]}) from error
 
 
 def _take_secret(draft: Draft) -> bool:

@@ -12,10 +12,12 @@ from django.core.exceptions import ValidationError
 from django.db import models
 from django.utils.dateparse import parse_datetime
 
+from audit.api_views import MAX_INTEGER
 from providers.fields import Stored, raw
 
 Row = models.Model
 
+MAX_BIG = 2**63 - 1
 NAMED_BY: Mapping[str, str] = {
     "auth.group": "name",
     "auth.user": "username",
@@ -79,6 +81,9 @@ def accepted(model: type[Row], column: str, value: Any) -> Any:
 def _converted(field: Any, value: Any, hint: str) -> Any:
     if isinstance(field, models.DateTimeField):
         return _moment(value, hint)
+    most = MAX_BIG if isinstance(field, models.BigIntegerField) else MAX_INTEGER
+    if isinstance(value, int) and abs(value) > most:
+        raise ValidationError(f"Write a number of at most {most}.")
     try:
         return field.to_python(value)
     except ValidationError as error:

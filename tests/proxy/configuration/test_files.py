@@ -142,6 +142,30 @@ def test_a_day_without_changes_has_its_backup_too(place: Path, time_machine: Any
     ]
 
 
+def test_where_nothing_is_kept_nothing_is_written_without_a_change(place: Path, settings: Any) -> None:
+    settings.BACKUP_KEEP = 0
+    change(1)
+    files.write()
+    change(2)
+    files.write()
+
+    assert names(place) == ["config_backup.json"]
+    assert not files.is_due(timezone.now())
+
+
+def test_a_disk_that_knows_no_second_names_keeps_copies(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(self: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", unable)
+    files.write()
+    change(1)
+    files.write()
+
+    assert len(names(place)) == 3
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in place.iterdir())
+
+
 def test_a_disk_that_takes_nothing_is_a_line_in_the_log_and_no_crash(
     place: Path, settings: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

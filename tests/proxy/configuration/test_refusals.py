@@ -75,6 +75,8 @@ model_routes:
         ({"kind": "no-such-kind", "base_url": "https://example.org"}, "kind"),
         ({"enabled": "yes"}, "enabled"),
         ({"priority": None}, "priority"),
+        ({"priority": 10**12}, "priority"),
+        ({"idle_timeout_seconds": 10**400}, "idle_timeout_seconds"),
         ({"ca_pem": "-----BEGIN"}, "ca_pem"),
         ({"uid": "x"}, "uid"),
     ],
@@ -127,6 +129,12 @@ def test_an_address_that_moves_needs_its_keys_again(filled: str) -> None:
     assert Head.objects.get().seq > head
     team = ApiKey.objects.select_related("provider").get(name="team")
     assert keys.opened(team).reveal() == "sk-team-0123456789"
+
+
+def test_a_key_stays_with_its_provider(filled: str) -> None:
+    team = ApiKey.objects.get(name="team")
+    said = refused({**FORMAT, "api_keys": [{"uid": str(team.uid), "provider": "groq", "name": "team"}]})
+    assert said == ["line 1, provider: A key stays with its provider; add it there anew."]
 
 
 def test_a_sealed_value_that_was_touched_or_moved_is_refused_and_named(filled: str) -> None:
