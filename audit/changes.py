@@ -17,7 +17,7 @@ from audit import chain
 from audit.diff import difference
 from audit.models import Entry, Head
 
-Via = Literal["admin", "api", "task", "command", "system"]
+Via = Literal["admin", "api", "task", "command", "system", "restore"]
 
 
 class NotInChanges(RuntimeError):

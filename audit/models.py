@@ -39,6 +39,7 @@ class Entry(models.Model):
         TASK = "task", "Task"
         COMMAND = "command", "Command"
         SYSTEM = "system", "System"
+        RESTORE = "restore", "Restore"
 
     seq = models.BigIntegerField(primary_key=True)
     timestamp = models.DateTimeField(db_index=True)

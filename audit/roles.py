@@ -51,6 +51,7 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         "audit": {Role.OPERATOR: _READ},
         "stats": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "logs": {},
+        "backups": {},
         "key_stores": {},
         "allow_private": {},
         "users": {},

@@ -30,9 +30,13 @@ class StrictJSONError(ValueError):
     """What is wrong with the document, in one sentence."""
 
 
-def loads(body: bytes) -> Any:
-    """The value of the document. Raises StrictJSONError."""
-    _check_size(body)
+def loads(body: bytes, *, counted: bool = True) -> Any:
+    """The value of the document. Raises StrictJSONError.
+
+    counted: False where the document comes from the machine's own administrator and may have any number of values.
+    """
+    if counted:
+        _check_size(body)
     try:
         value = _decoder.decode(body.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from config.api_operations import Logs, Stats
 from providers.api.active import Active
 from providers.api.api_keys import ApiKeys
 from providers.api.views import Servers, VendorsAndServers
+from proxy.api.backups import Backups
 from proxy.api.budgets import Budgets
 from proxy.api.gateway_keys import GatewayKeys
 from proxy.api.model_routes import ModelRoutes
@@ -66,6 +67,8 @@ urlpatterns: list[URLPattern | URLResolver] = [
     re_path(r"^auth/token/?$", ObtainToken.as_view(), name="token"),
     re_path(r"^auth/token/refresh/?$", RefreshTokenView.as_view(), name="token-refresh"),
     re_path(r"^auth/token/revoke/?$", RevokeToken.as_view(), name="token-revoke"),
+    re_path(r"^admin/backup/?$", Backups.as_view({"get": "download", "post": "make"}), name="backup"),
+    re_path(r"^admin/providers/restore/?$", Backups.as_view({"post": "restore"}), name="restore"),
     *router.urls,
     *active_router.urls,
 ]

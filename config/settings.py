@@ -34,6 +34,8 @@ ALLOW_INSECURE_HTTP = env.flag("ALLOW_INSECURE_HTTP", False)
 DATA_DIR = Path(env.text("DATA_DIR", str(BASE_DIR / "var"))).absolute()
 LOG_DIR = Path(env.text("LOG_DIR", str(DATA_DIR / "logs"))).absolute()
 SPOOL_DIR = DATA_DIR / "spool"
+BACKUP_FILE = Path(env.text("BACKUP_FILE", str(DATA_DIR / "backups" / "config_backup.json"))).absolute()
+BACKUP_KEEP = env.whole("BACKUP_KEEP", 14, least=0, most=10_000)
 WEB_CONCURRENCY = env.whole("WEB_CONCURRENCY", 1, least=1, most=64)
 DEBUG = env.flag("DEBUG", False)
 
@@ -271,6 +273,7 @@ CELERY_BEAT_SCHEDULE = {
     },
     # Most ticks find nothing: records grow too old at midnight. A large backlog takes several.
     "forget-usage": {"task": "proxy.tasks.forget_usage", "schedule": 300.0, "options": {"expires": 240}},
+    "backup-config": {"task": "config.tasks.backup_config", "schedule": 5.0, "options": {"expires": 30}},
     "anchor-head": {"task": "audit.tasks.anchor_head", "schedule": 60.0, "options": {"expires": 50}},
 }
 

@@ -19,6 +19,13 @@ def _may_see(model: str) -> Callable[[HttpRequest], bool]:
     return permitted
 
 
+def _may_back_up(request: HttpRequest) -> bool:
+    # The settings import this module before there are models.
+    from audit.roles import may
+
+    return may(request.user, "backups", "read")
+
+
 def _page(title: str, icon: str, model: str) -> dict[str, Any]:
     return {
         "title": title,
@@ -110,6 +117,12 @@ UNFOLD: dict[str, Any] = {
                 "items": [
                     _page("Users", "person", "auth.user"),
                     _page("Roles and teams", "group", "auth.group"),
+                    {
+                        "title": "Backup",
+                        "icon": "backup",
+                        "link": reverse_lazy("admin:backup"),
+                        "permission": _may_back_up,
+                    },
                 ],
             },
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from django.conf import settings
@@ -25,6 +26,14 @@ class Finding:
         return f"{place}: {self.problem}"
 
 
+_more: list[Callable[[], Iterable[Finding]]] = []
+
+
+def know(check: Callable[[], Iterable[Finding]]) -> None:
+    """Tell of a check of an application above this one."""
+    _more.append(check)
+
+
 def diagnose() -> list[Finding]:
     """Everything that is wrong, nothing when all is well. Raises DatabaseError when the database cannot be read."""
     findings = [Finding(f"setting {problem.name}", problem.hint) for problem in settings.SETTINGS_PROBLEMS]
@@ -35,6 +44,8 @@ def diagnose() -> list[Finding]:
     ]
     if problem := head_problem():
         findings.append(Finding("audit log", f"{problem}; run manage.py verify_audit"))
+    for check in _more:
+        findings += check()
     return findings
 
 

@@ -6,7 +6,9 @@ class ProxyConfig(AppConfig):
     verbose_name = "Gateway"
 
     def ready(self) -> None:
-        from providers import rotation
+        from providers import diagnosis, rotation
+        from proxy.configuration.diagnosis import backup_findings
         from proxy.texts_sealed import Texts
 
         rotation.TABLES.append(Texts())
+        diagnosis.know(backup_findings)

@@ -133,7 +133,7 @@ def build() -> Snapshot:
 
     The keyring is opened again in the same read, so a rotation reaches this process with the rows it sealed.
     """
-    with _one_consistent_read():
+    with one_consistent_read():
         version = Head.objects.values_list("seq", flat=True).get(pk=1)
         _refresh_keyring()
         budgets = list(Budget.objects.all())
@@ -166,7 +166,7 @@ def build() -> Snapshot:
 
 
 @contextmanager
-def _one_consistent_read() -> Iterator[None]:
+def one_consistent_read() -> Iterator[None]:
     """REPEATABLE READ on PostgreSQL; on SQLite a plain BEGIN, because Django's IMMEDIATE one would block writers."""
     if connection.vendor == "postgresql":
         with transaction.atomic():

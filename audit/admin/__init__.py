@@ -2,13 +2,14 @@
 
 from audit.admin import log, people
 from audit.admin.base import AuditedAdmin, ReadOnlyAdmin
-from audit.admin.door import recorded, write
+from audit.admin.door import guarded, recorded, write
 from audit.admin.versions import VersionedForm, overwritten, row_version
 
 __all__ = [
     "AuditedAdmin",
     "ReadOnlyAdmin",
     "VersionedForm",
+    "guarded",
     "log",
     "overwritten",
     "people",

@@ -10,7 +10,9 @@ from django.contrib import admin
 from django.db.models import Model
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import URLPattern, path, reverse
+from django.utils.html import format_html
 from django.utils.http import urlencode
+from django.utils.safestring import SafeString
 from django.utils.text import capfirst
 
 from audit.admin.door import write
@@ -69,6 +71,22 @@ class AuditedAdmin(ModelAdmin):
             for address, method in self.object_views
         ]
         return own + super().get_urls()
+
+    def get_list_display(self, request: HttpRequest) -> Any:
+        """A column says which rows belong to a configuration file, where there are any."""
+        shown = super().get_list_display(request)
+        if (
+            not hasattr(self.model, "managed_by")
+            or not self.model._default_manager.exclude(managed_by="").exists()
+        ):
+            return shown
+        return (*shown, "managed")
+
+    @admin.display(description="Managed by", ordering="managed_by")
+    def managed(self, row: Any) -> SafeString | str:
+        return (
+            format_html('<span class="ps-badge ps-info">{}</span>', row.managed_by) if row.managed_by else "-"
+        )
 
     def changeform_view(
         self,

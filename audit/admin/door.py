@@ -32,9 +32,18 @@ def recorded(request: HttpRequest) -> Iterator[Change]:
 
 def write(request: HttpRequest, view: Callable[[], HttpResponseBase]) -> HttpResponseBase:
     """Run a view that changes configuration: all of it recorded, or nothing done and a page with status 503 (R50)."""
-    try:
+
+    def inside() -> HttpResponseBase:
         with recorded(request):
             return view()
+
+    return guarded(request, inside)
+
+
+def guarded(request: HttpRequest, view: Callable[[], HttpResponseBase]) -> HttpResponseBase:
+    """Run a view that enters the door for changes by itself; the same page where nothing could be done."""
+    try:
+        return view()
     except (AuditUnavailable, DatabaseError) as error:
         if problem_of(error).status != 503:
             raise

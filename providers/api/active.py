@@ -53,6 +53,7 @@ class TargetSerializer(KnownFields):
 class ActiveSerializer(TargetSerializer):
     purpose = serializers.ChoiceField(Purpose.choices, required=False)
     fallbacks = TargetSerializer(many=True, required=False)
+    managed_by = serializers.CharField(read_only=True)
     updated_at = serializers.DateTimeField(read_only=True)
 
     def validate_fallbacks(self, values: list[Any]) -> list[Any]:
@@ -72,6 +73,7 @@ class ActiveSerializer(TargetSerializer):
             "purpose": active.purpose,
             **super().to_representation(first),
             "fallbacks": shown,
+            "managed_by": active.managed_by,
             "updated_at": serializers.DateTimeField().to_representation(active.updated_at),
         }
 

@@ -78,10 +78,10 @@ class ApiKeySerializer(StrictSerializer[ApiKey]):
         model = ApiKey
         fields: ClassVar[Any] = (
             "id", "provider", "key_name", "api_key", "masked_key", "enabled", "is_active", "is_default",
-            "use_for_ops_center", "weight", *LIMITS, "metadata", *USE, *TROUBLES, "created_by", "created_at",
+            "use_for_ops_center", "weight", *LIMITS, "metadata", *USE, *TROUBLES, "managed_by", "created_by", "created_at",
             "updated_at",
         )  # fmt: skip
-        read_only_fields: ClassVar[Any] = ("created_by",)
+        read_only_fields: ClassVar[Any] = ("managed_by", "created_by")
         validators: ClassVar[list[Any]] = []
 
     def get_cost_usd(self, key: ApiKey) -> float:

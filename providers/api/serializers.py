@@ -39,7 +39,7 @@ TUNING = (
 COLUMNS = (
     "id", "slug", "name", "kind", "base_url", "api_key", "masked_key", "models", "custom_headers", "enabled", "is_active",
     "priority", *USES, "model_path", "allow_private", "ca_pem", *TUNING, *HEALTH, "last_tested_at", *COUNTERS, "metadata",
-    "created_by", "created_at", "updated_at",
+    "managed_by", "created_by", "created_at", "updated_at",
 )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ class ProviderSerializer(StrictSerializer[P]):
     class Meta:
         model = Provider
         fields: ClassVar[Any] = COLUMNS
-        read_only_fields: ClassVar[Any] = ("created_by",)
+        read_only_fields: ClassVar[Any] = ("managed_by", "created_by")
         validators: ClassVar[list[Any]] = []
 
     @extend_schema_field({"type": ["string", "null"]})

@@ -8,7 +8,7 @@ from django.core.exceptions import ValidationError
 from django.db import models
 
 from audit.changes import Identity
-from providers.models.provider import ApiKey, Provider, Versioned
+from providers.models.provider import ApiKey, Managed, Provider, Versioned
 
 
 class Purpose(models.TextChoices):
@@ -17,7 +17,7 @@ class Purpose(models.TextChoices):
     RERANKING = "reranking", "Reranking"
 
 
-class ActiveProvider(Versioned):
+class ActiveProvider(Managed, Versioned):
     """One purpose. Its targets, in order, are the chosen one (position 0) and the fallbacks."""
 
     purpose = models.CharField(max_length=16, choices=Purpose, unique=True)

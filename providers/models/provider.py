@@ -48,7 +48,16 @@ class Versioned(models.Model):
         super().save(*args, **kwargs)
 
 
-class Provider(Versioned):
+class Managed(models.Model):
+    """A row that may belong to a configuration file: `managed_by` is the name that the file gives itself, or empty."""
+
+    managed_by = models.CharField(max_length=100, blank=True, editable=False)
+
+    class Meta:
+        abstract = True
+
+
+class Provider(Managed, Versioned):
     """A vendor, or a server of our own: where it is, how it is dialled and what it is used for."""
 
     uid = models.UUIDField(default=uuid.uuid4, unique=True, editable=False)
@@ -190,7 +199,7 @@ class Server(Provider):
         return self.name
 
 
-class ApiKey(Limited, Versioned):
+class ApiKey(Limited, Managed, Versioned):
     """A credential of a provider. Its limits are ours, to stay below those that the vendor has.
 
     secret: always sealed for this row and the provider's origin; what is sealed is the key itself or a reference to
@@ -250,7 +259,7 @@ class ApiKey(Limited, Versioned):
         )
 
 
-class UpstreamModel(Versioned):
+class UpstreamModel(Managed, Versioned):
     """A model that a provider can serve: found by asking it, or written by hand."""
 
     class Source(models.TextChoices):

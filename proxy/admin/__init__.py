@@ -1,5 +1,5 @@
 """The admin pages of gateway keys, their owners' limits, budgets, model routes, prices and usage, and the start page."""
 
-from proxy.admin import budgets, keys, owners, prices, routes, usage
+from proxy.admin import backups, budgets, keys, owners, prices, routes, usage
 
-__all__ = ["budgets", "keys", "owners", "prices", "routes", "usage"]
+__all__ = ["backups", "budgets", "keys", "owners", "prices", "routes", "usage"]

@@ -47,9 +47,15 @@ class GatewayKeySerializer(KeyBudget, StrictSerializer[GatewayKey]):
             "id", "name", "owner", "enabled", "is_active", "prefix", "last4", "requests_per_minute", "tokens_per_minute",
             "max_concurrency", "budget_usd", "budget_window", "spent_usd", "allowed_models", "allowed_networks",
             "resume_streams", "record_text", "cache_seconds", "cache_emptied_at", "expires_at", "revoked_at", *USE,
-            "created_by", "created_at", "updated_at",
+            "managed_by", "created_by", "created_at", "updated_at",
         )  # fmt: skip
-        read_only_fields: ClassVar[Any] = ("last4", "revoked_at", "cache_emptied_at", "created_by")
+        read_only_fields: ClassVar[Any] = (
+            "last4",
+            "revoked_at",
+            "cache_emptied_at",
+            "managed_by",
+            "created_by",
+        )
         validators: ClassVar[list[Any]] = []
         extra_kwargs: ClassVar[Any] = {
             "max_concurrency": {

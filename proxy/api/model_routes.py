@@ -103,9 +103,9 @@ class ModelRouteSerializer(StrictSerializer[ModelRoute]):
     class Meta:
         model = ModelRoute
         fields: ClassVar[Any] = (
-            "id", "name", "mode", "strategy", "is_active", "resume", "config", "nodes", "created_by", "created_at", "updated_at",
+            "id", "name", "mode", "strategy", "is_active", "resume", "config", "nodes", "managed_by", "created_by", "created_at", "updated_at",
         )  # fmt: skip
-        read_only_fields: ClassVar[Any] = ("created_by",)
+        read_only_fields: ClassVar[Any] = ("managed_by", "created_by")
         validators: ClassVar[list[Any]] = []
 
     def validate_nodes(self, values: list[Any]) -> list[Any]:

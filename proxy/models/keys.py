@@ -15,7 +15,7 @@ from django.utils import timezone
 from audit.changes import Identity
 from providers.fields import SealedField
 from providers.models.limited import Limited
-from providers.models.provider import Versioned
+from providers.models.provider import Managed, Versioned
 from proxy.owners import Owned, not_a_role, owned_by
 
 MAX_CACHE_SECONDS = 7 * 24 * 3600
@@ -38,7 +38,7 @@ def check_networks(networks: Any) -> None:
             raise ValidationError(f"{str(network)[:64]!r} is not a network like 10.0.0.0/8.") from error
 
 
-class GatewayKey(Owned, Limited, Versioned):
+class GatewayKey(Owned, Limited, Managed, Versioned):
     """A key that we issue. Its secret is kept only as an HMAC under a numbered pepper and was shown once.
 
     owner, team: whose it is, a user's or a team's or nobody's; it is deleted with them.

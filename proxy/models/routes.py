@@ -11,7 +11,7 @@ from django.db.models import CheckConstraint, Q, UniqueConstraint
 from audit.changes import Identity
 from providers.models import Provider
 from providers.models.checks import check_metadata
-from providers.models.provider import Versioned
+from providers.models.provider import Managed, Versioned
 
 MAX_NODE_MODELS = 200
 RESERVED = ("auto", "default")
@@ -53,7 +53,7 @@ def check_node_models(names: Any) -> None:
         raise ValidationError("A model stands there twice.")
 
 
-class ModelRoute(Versioned):
+class ModelRoute(Managed, Versioned):
     """A model name that applications ask for. Its nodes, in order, are where it may lead.
 
     resume: whether a stream that broke is taken up by the next node; None is the general default, which is on.

@@ -45,6 +45,7 @@ PAGES = (
     "/admin/proxy/gatewaykey/1/delete/",
     "/admin/proxy/ownerlimits/",
     "/admin/proxy/ownerlimits/add/",
+    "/admin/backup/",
     "/admin/proxy/usagerecord/",
     "/admin/proxy/usagerecord/report/",
     "/admin/proxy/usagerecord/report/?period=365d&group=model",
