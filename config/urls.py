@@ -21,6 +21,7 @@ urlpatterns = [
     path("", RedirectView.as_view(url="/admin/"), name="start"),
     # APPEND_SLASH is off, since nothing else is to redirect; but this is what people type.
     path("admin", RedirectView.as_view(url="/admin/"), name="admin-without-slash"),
+    path("admin/account/", include("audit.access.urls")),
     path("admin/", admin.site.urls),
     re_path(r"^ping/?$", PingView.as_view(), name="ping"),
     re_path(r"^api/(?:v1/)?schema/?$", SpectacularAPIView.as_view(), name="schema"),

@@ -15,6 +15,7 @@ from django.urls import URLPattern, path
 from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 from unfold.widgets import UnfoldAdminCheckboxSelectMultipleWidget
 
+from audit.access.pages import LoginPage, log_out
 from audit.admin.base import AuditedAdmin
 from audit.admin.door import write
 from audit.admin.versions import VersionedForm
@@ -98,7 +99,11 @@ def own_password(request: HttpRequest) -> HttpResponseBase:
 
 
 def _own_paths() -> list[URLPattern]:
-    return [path("password_change/", admin.site.admin_view(own_password), name="password_change")]
+    return [
+        path("login/", LoginPage.as_view(), name="login"),
+        path("logout/", log_out, name="logout"),
+        path("password_change/", admin.site.admin_view(own_password), name="password_change"),
+    ]
 
 
 # The theme's site asks for paths of our own here, and tries them before its own.
