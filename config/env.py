@@ -127,9 +127,7 @@ class Reader:
 
     def role_map(self, name: str) -> tuple[tuple[str, str], ...]:
         """`value=role` pairs separated by commas, as (value, group); `value=team:name` maps to a team."""
-        hint = (
-            f"write VALUE=ROLE, separated by commas; ROLE is {', '.join(ROLES)}, or team:NAME for a group of yours"
-        )
+        hint = f"write VALUE=ROLE, separated by commas; ROLE is {', '.join(ROLES)}, or team:NAME for a group of yours"
         return self.read(name, (), _role_map, hint)
 
     def wrong_sign_on(self, issuer: str, *, client: str, secret: str, roles: object) -> None:
@@ -137,7 +135,9 @@ class Reader:
         parts = urlsplit(issuer)
         loopback = parts.hostname in {"localhost", "127.0.0.1", "::1"}
         if not parts.hostname or parts.scheme not in ({"https", "http"} if loopback else {"https"}):
-            self.wrong("OIDC_ISSUER", "write the issuer's address, like https://login.example.com/realms/team")
+            self.wrong(
+                "OIDC_ISSUER", "write the issuer's address, like https://login.example.com/realms/team"
+            )
         if parts.query or parts.fragment or "/.well-known/" in issuer:
             self.wrong("OIDC_ISSUER", "write the issuer alone, without /.well-known/ and without a query")
         for name, value in (("OIDC_CLIENT_ID", client), ("OIDC_CLIENT_SECRET", secret)):

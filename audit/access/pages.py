@@ -50,7 +50,7 @@ class LoginPage(FormView):  # type: ignore[type-arg]  # Django's class is not ge
     """The first step; allauth asks for the second one where there is one, and then makes the session."""
 
     form_class = PasswordForm
-    template_name = "admin/login.html"
+    template_name = "admin/access/login.html"
 
     def get(self, request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
         if admin.site.has_permission(request):
@@ -67,7 +67,7 @@ class LoginPage(FormView):  # type: ignore[type-arg]  # Django's class is not ge
             "title": "Log in",
             "app_path": self.request.get_full_path(),
             "next": self.next_url,
-            "single_sign_on": bool(settings.OIDC_ISSUER),
+            "single_sign_on": settings.OIDC_ISSUER,
         }
 
     @property
@@ -103,6 +103,7 @@ def dressed(view: View) -> View:
             response.context_data = {
                 **admin.site.each_context(request),
                 "title": "Your account",
+                "single_sign_on": settings.OIDC_ISSUER,
                 **(response.context_data or {}),
             }
         return response

@@ -39,7 +39,9 @@ LAST = "last_counter"
 def box() -> MultiFernet:
     """Seals under the newest pepper, opens what any of them sealed."""
     peppers = settings.PENSTOCK_PEPPERS
-    keys = (hmac.digest(peppers[number], b"penstock second factor", "sha256") for number in sorted(peppers)[::-1])
+    keys = (
+        hmac.digest(peppers[number], b"penstock second factor", "sha256") for number in sorted(peppers)[::-1]
+    )
     return MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in keys])
 
 

@@ -26,6 +26,12 @@ urlpatterns = [
     path("passkeys/<int:pk>/", own_change(passkeys.edit_webauthn), name="mfa_edit_webauthn"),
     path("passkeys/<int:pk>/remove/", own_change(passkeys.remove_webauthn), name="mfa_remove_webauthn"),
     path("recovery-codes/", own(recovery.view_recovery_codes), name="mfa_view_recovery_codes"),
-    path("recovery-codes/new/", own_change(recovery.generate_recovery_codes), name="mfa_generate_recovery_codes"),
-    path("recovery-codes/download/", own(recovery.download_recovery_codes), name="mfa_download_recovery_codes"),
+    path(
+        "recovery-codes/new/",
+        own_change(recovery.generate_recovery_codes),
+        name="mfa_generate_recovery_codes",
+    ),
+    path(
+        "recovery-codes/download/", own(recovery.download_recovery_codes), name="mfa_download_recovery_codes"
+    ),
 ]
