@@ -90,14 +90,19 @@ class IssuerSession:
 
 async def _ask(method: str, url: str, options: dict[str, Any]) -> httpx.Response:
     policy = Policy(True, tuple(settings.PRIVATE_NETWORKS), plain=url.startswith("http:"))
-    async with asyncio.timeout(TIMEOUT), control_plane_client(policy) as client:
-        async with client.stream(method, url, **options) as answer:
-            body = bytearray()
-            async for part in answer.aiter_bytes():
-                body += part
-                if len(body) > MAX_ANSWER:
-                    raise httpx.ReadError("the answer is too large")
-            return httpx.Response(answer.status_code, headers=answer.headers, content=bytes(body))
+    async with (
+        asyncio.timeout(TIMEOUT),
+        control_plane_client(policy) as client,
+        client.stream(method, url, **options) as answer,
+    ):
+        body = bytearray()
+        async for part in answer.aiter_bytes():
+            body += part
+            if len(body) > MAX_ANSWER:
+                raise httpx.ReadError("the answer is too large")
+        return httpx.Response(
+            answer.status_code, headers=answer.headers, content=bytes(body), request=answer.request
+        )
 
 
 # -- the flow ----------------------------------------------------------------------------------------------------------

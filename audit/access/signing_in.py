@@ -120,6 +120,10 @@ class Accounts(DefaultAccountAdapter):  # type: ignore[misc]  # allauth carries 
         """A member has no business in the admin; what he may use is described here."""
         return str(settings.LOGIN_REDIRECT_URL) if request.user.is_staff else "/api/docs/"
 
+    def get_signup_redirect_url(self, request: Any) -> str:
+        """Whoever came with single sign-on for the first time goes where he will go the next time."""
+        return self.get_login_redirect_url(request)
+
     def reauthenticate(self, user: Any, password: str) -> bool:
         """Before something that needs care: the password again, and wrong ones count."""
         request = context.request

@@ -11,6 +11,7 @@ from django.apps import apps
 from django.conf import settings as django_settings
 from django.contrib import admin
 from django.contrib.auth.models import Group, User
+from django.core.management import CommandError, call_command
 from django.test import Client
 
 from audit.admin.base import AuditedAdmin
@@ -175,3 +176,16 @@ def test_a_user_can_be_made(boss: User) -> None:
     assert User.objects.get(username="new").check_password("a rather long phrase")
     with changes(actor=None, via="system"):
         User.objects.get(username="new").delete()
+
+
+def test_the_command_helps_an_administrator_who_is_alone(
+    boss: User, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enrol(boss)
+    call_command("reset_second_factor", "boss")
+
+    assert "removed 2 of boss" in capsys.readouterr().out
+    assert not Authenticator.objects.exists()
+    assert Entry.objects.filter(action="change_second_factor", via="command", entity_name="boss").count() == 1
+    with pytest.raises(CommandError):
+        call_command("reset_second_factor", "nobody")

@@ -31,9 +31,9 @@ def client() -> Client:
     return Client()
 
 
-def log_in(client: Client, name: str = "operator", password: str = PASSWORD, next: str = "") -> Any:
-    query = f"?next={next}" if next else ""
-    return client.post(LOGIN + query, {"username": name, "password": password, "next": next})
+def log_in(client: Client, name: str = "operator", password: str = PASSWORD, to: str = "") -> Any:
+    query = f"?next={to}" if to else ""
+    return client.post(LOGIN + query, {"username": name, "password": password, "next": to})
 
 
 def entries(action: str) -> list[Entry]:
@@ -69,9 +69,9 @@ def test_a_login_makes_a_session_with_a_new_key_and_is_recorded(client: Client, 
 
 
 def test_a_login_leads_where_one_wanted_to_go_but_not_elsewhere(client: Client, operator: User) -> None:
-    assert log_in(client, next="/admin/providers/server/")["Location"] == "/admin/providers/server/"
+    assert log_in(client, to="/admin/providers/server/")["Location"] == "/admin/providers/server/"
     for elsewhere in ("https://evil.example.com/", "//evil.example.com", "javascript:alert(1)"):
-        assert log_in(Client(), next=elsewhere)["Location"] == "/admin/"
+        assert log_in(Client(), to=elsewhere)["Location"] == "/admin/"
 
 
 def test_a_login_without_its_csrf_token_is_refused(operator: User) -> None:
@@ -228,7 +228,7 @@ def test_a_new_password_ends_other_sessions(client: Client, operator: User) -> N
 def test_a_login_asks_for_the_second_factor_when_there_is_one(client: Client, operator: User) -> None:
     secret, _ = enrol(operator)
 
-    answer = log_in(client, next="/admin/providers/server/")
+    answer = log_in(client, to="/admin/providers/server/")
 
     assert answer["Location"] == CODE
     assert not inside(client)

@@ -316,7 +316,7 @@ def test_a_token_is_believed_only_when_it_is_for_us_and_for_this_login() -> None
 
     class Answers(sso.IssuerSession):
         def get(self, url: str, headers: Any = None) -> httpx.Response:
-            return httpx.Response(200, json={"keys": [published]})
+            return httpx.Response(200, json={"keys": [published]}, request=httpx.Request("GET", url))
 
     def verified(
         claims: dict[str, Any], *, by: Any = key, algorithm: str = "RS256", kid: str = "1"
