@@ -197,7 +197,7 @@ def start(request: HttpRequest) -> HttpResponse:
 
 
 @require_POST
-@reauthentication_required(app="allauth.socialaccount")  # type: ignore[untyped-decorator]  # allauth carries no types
+@reauthentication_required(app="allauth.mfa")  # type: ignore[untyped-decorator]  # allauth carries no types
 def link(request: HttpRequest) -> HttpResponse:
     """The same, to let somebody who is logged in here use his account there from now on."""
     return _leave(request, "connect", reverse("mfa_index"))
