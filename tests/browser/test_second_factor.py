@@ -50,6 +50,15 @@ def assert_fits(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390, page.url
 
 
+def keep_codes(page: Page) -> list[str]:
+    """The recovery codes; one may only leave their page after saying that they are saved."""
+    page.wait_for_url("**/recovery-codes/")
+    assert_fits(page)
+    codes = page.input_value("#recovery_codes").split()
+    page.check("#codes_saved")
+    return codes
+
+
 def with_authenticator(page: Page) -> None:
     session = page.context.new_cdp_session(page)
     session.send("WebAuthn.enable")
@@ -82,9 +91,7 @@ def test_an_app_and_recovery_codes(fresh_gateway: Gateway, browser: Browser) -> 
         page.wait_for_selector(".ps-problem")
         page.fill("[name=code]", code_of(secret))
         page.click("button:has-text('Activate')")
-        page.wait_for_url("**/recovery-codes/")
-        assert_fits(page)
-        codes = page.input_value("#recovery_codes").split()
+        codes = keep_codes(page)
         assert len(codes) == 10
         page.goto("/admin/account/")
         page.wait_for_selector("text=10 left")
@@ -116,7 +123,7 @@ def test_a_passkey(fresh_gateway: Gateway, browser: Browser) -> None:
         assert_fits(page)
         assert page.input_value("[name=name]") == "Passkey 1"
         page.click("#mfa_webauthn_add")
-        page.wait_for_url("**/recovery-codes/")
+        keep_codes(page)
         page.goto("/admin/account/passkeys/")
         assert_fits(page)
         page.wait_for_selector("text=Passkey 1")
@@ -157,7 +164,7 @@ def test_somebody_without_the_passkey_stays_outside(fresh_gateway: Gateway, brow
         confirm(page)
         page.wait_for_url("**/passkeys/add/")
         page.click("#mfa_webauthn_add")
-        page.wait_for_url("**/recovery-codes/")
+        keep_codes(page)
 
     with phone(browser, fresh_gateway) as (page, _):
         with_authenticator(page)

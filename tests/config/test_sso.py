@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import parse_qs, urlsplit
 
 import httpx
 import pytest
-from oidc_provider_mock import run_server_in_thread
 
 from config import sso
 from config.env import ROLES
 from tests.support.gateway import Gateway
+from tests.support.ports import free_port
+from tests.support.processes import Process
 
+pytestmark = pytest.mark.no_database
 BUTTON = "Log in with single sign-on"
 
 
@@ -24,8 +28,14 @@ class Provider:
     """An identity provider whose users a test makes and changes."""
 
     def __init__(self, port: int) -> None:
-        self.url = f"http://localhost:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, trust_env=False)
+
+    def answers(self) -> bool:
+        try:
+            return self.client.get("/.well-known/openid-configuration").status_code == 200
+        except httpx.HTTPError:
+            return False
 
     def put(self, sub: str, **claims: Any) -> None:
         answer = self.client.put(f"/users/{sub}", json={"preferred_username": sub, **claims})
@@ -40,8 +50,26 @@ class Provider:
 
 @pytest.fixture(scope="module")
 def provider() -> Iterator[Provider]:
-    with run_server_in_thread() as server:
-        yield Provider(server.server_port)
+    port = free_port()
+    # A process of its own: its libraries warn of each other, and warnings are errors here.
+    command = [sys.executable, "-m", "oidc_provider_mock", "--port", str(port)]
+    process, made = (
+        Process(command, name="oidc", env={**os.environ, "PYTHONWARNINGS": "ignore"}),
+        Provider(port),
+    )
+    try:
+        process.wait_until(made.answers, timeout=60, every=0.1)
+        yield made
+    finally:
+        made.client.close()
+        process.kill()
+
+
+@pytest.fixture(autouse=True)
+def _close_browsers() -> Iterator[None]:
+    yield
+    while Browser.opened:
+        Browser.opened.pop().close()
 
 
 def settings_for(provider: Provider) -> dict[str, str]:
@@ -65,8 +93,11 @@ def gateway(provider: Provider) -> Iterator[Gateway]:
 class Browser:
     """Somebody's browser at the gateway."""
 
+    opened: ClassVar[list[httpx.Client]] = []
+
     def __init__(self, gateway: Gateway) -> None:
         self.http = httpx.Client(base_url=gateway.url, trust_env=False, timeout=30)
+        self.opened.append(self.http)
 
     def post(self, path: str, page: str = "/admin/login/", **form: str) -> httpx.Response:
         token = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', self.http.get(page).text)

@@ -15,7 +15,7 @@ PERIOD = 30
 
 def code_of(secret: str, *, steps: int = 0) -> str:
     """What the app shows now, or so many half minutes later."""
-    return format_hotp_value(hotp_value(secret, int(time.time()) // PERIOD + steps))
+    return str(format_hotp_value(hotp_value(secret, int(time.time()) // PERIOD + steps)))
 
 
 def enrol(user: Any) -> tuple[str, list[str]]:
