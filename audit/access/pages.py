@@ -100,12 +100,11 @@ def dressed(view: View) -> View:
     def page(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponseBase:
         response = view(request, *args, **kwargs)
         if isinstance(response, TemplateResponse):
-            response.context_data = {
-                **admin.site.each_context(request),
-                "title": "Your account",
-                "single_sign_on": settings.OIDC_ISSUER,
-                **(response.context_data or {}),
-            }
+            shown = dict(response.context_data or {})
+            # The theme would look for this object's pages in the admin, where it has none.
+            shown.pop("object", None)
+            base = {**admin.site.each_context(request), "title": "Your account"}
+            response.context_data = {**base, "single_sign_on": settings.OIDC_ISSUER, **shown}
         return response
 
     return page
