@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.contrib.auth import SESSION_KEY
 from django.contrib.sessions.backends import db
@@ -38,6 +39,10 @@ class SessionStore(db.SessionStore):
             data.setdefault(STARTED, now)
             self.modified = True
         return data
+
+    async def aload(self) -> dict[str, Any]:
+        """The same rules for whoever does not wait in a thread."""
+        return await sync_to_async(self.load)()
 
     @staticmethod
     def _is_over(data: dict[str, Any], now: float) -> bool:
