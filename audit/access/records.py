@@ -28,5 +28,5 @@ def recorded(request: Any, actor: Any = None) -> Iterator[Change]:
 def note(user: Any, action: str, changes: dict[str, list[Any]] | None = None) -> None:
     """One entry about `user` (None: about nobody we know) in the open block. action: verb and noun, like "start_session"."""
     verb, _, noun = action.partition("_")
-    about = (str(user.pk), user.get_username()) if user else ("", "")
-    current().add(verb=verb, identity=Identity("user", *about, noun), changes=changes or {})
+    pk, name = (str(user.pk), str(user.get_username())) if user else ("", "")
+    current().add(verb=verb, identity=Identity("user", pk, name, noun), changes=changes or {})

@@ -62,7 +62,7 @@ class Sealed(DefaultMFAAdapter):  # type: ignore[misc]  # allauth carries no typ
 
 
 def is_enrolled(user: Any) -> bool:
-    return Authenticator.objects.filter(user_id=user.pk, type__in=FACTORS).exists()
+    return bool(Authenticator.objects.filter(user_id=user.pk, type__in=FACTORS).exists())
 
 
 def accept_code(request: Any, user: Any, code: str) -> Authenticator | None:
@@ -99,7 +99,7 @@ def _is_code_of(row: Authenticator, code: str) -> bool:
 def reset(user: Any) -> int:
     """Remove all second factors of somebody who has lost them; how many there were. Inside `audit.changes`."""
     count, _ = Authenticator.objects.filter(user_id=user.pk).delete()
-    return count
+    return int(count)
 
 
 class _Checked:

@@ -46,7 +46,5 @@ class SessionStore(db.SessionStore):
 
     @staticmethod
     def _is_over(data: dict[str, Any], now: float) -> bool:
-        return (
-            now - data.get(STARTED, now) >= settings.SESSION_COOKIE_AGE
-            or now - data.get(SEEN, now) >= settings.SESSION_IDLE_SECONDS
-        )
+        started, seen = float(data.get(STARTED, now)), float(data.get(SEEN, now))
+        return now - started >= settings.SESSION_COOKIE_AGE or now - seen >= settings.SESSION_IDLE_SECONDS

@@ -111,9 +111,11 @@ def test_r18_the_tenth_wrong_guess_locks_the_name_and_the_address(
     client: Client, owner: User, operator: User, by: str
 ) -> None:
     for number in range(9):
-        where = {"REMOTE_ADDR": f"10.1.1.{number}"} if by == "name" else {}
+        where = f"10.1.1.{number}" if by == "name" else "127.0.0.1"
         who = "operator" if by == "name" else f"nobody-{number}"
-        assert client.post(LOGIN, {"username": who, "password": "wrong"}, **where).status_code == 200
+        assert (
+            client.post(LOGIN, {"username": who, "password": "wrong"}, REMOTE_ADDR=where).status_code == 200
+        )
     answer = log_in(client, password="wrong")
 
     assert answer.status_code == 429
