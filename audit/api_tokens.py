@@ -27,8 +27,6 @@ from audit.api_errors import CodeNeeded
 from audit.api_views import KnownFields, OnlyJSON
 
 WRONG = "The user name or the password is wrong."
-
-
 STALE = "The refresh token is not valid, or no longer."
 
 
@@ -45,9 +43,10 @@ class FamilyToken(RefreshToken):
 
     @classmethod
     def for_user(cls, user: Any) -> FamilyToken:
-        token: FamilyToken = super().for_user(user)
+        token: Any = super().for_user(user)
         token.forget_text()
-        return token
+        made: FamilyToken = token
+        return made
 
     def outstand(self) -> Any:
         made = super().outstand()
@@ -61,6 +60,17 @@ class FamilyToken(RefreshToken):
     def family(self) -> Any:
         start = str(self.payload["jti"]).partition(".")[0]
         return OutstandingToken.objects.filter(Q(jti=start) | Q(jti__startswith=f"{start}."))
+
+    def spend(self) -> bool:
+        """Whether this was its first use; of several at the same time, one is."""
+        answer: Any = super().blacklist()
+        return bool(answer[1])
+
+    @property
+    def owner(self) -> Any:
+        """Raises User.DoesNotExist for somebody who is gone, or switched off."""
+        key: Any = self.payload.get(api_settings.USER_ID_CLAIM)
+        return get_user_model().objects.get(pk=key, is_active=True)
 
     def end_family(self) -> None:
         """Nobody can renew anything of this login again."""
@@ -163,17 +173,16 @@ class RefreshTokenView(TokenView):
             raise exceptions.AuthenticationFailed(STALE) from error
 
 
-def renewed(request: Request, text: str) -> FamilyToken:
+def renewed(request: Request, text: Any) -> FamilyToken:
     """The next token of the family. Raises TokenError or User.DoesNotExist.
 
     When a spent one comes back, two hold it and one of them stole it, so nobody may go on.
     """
     token = Unspent(text)
-    user = get_user_model().objects.get(pk=token.payload.get(api_settings.USER_ID_CLAIM), is_active=True)
+    user = token.owner
     if token.payload.get(api_settings.REVOKE_TOKEN_CLAIM) != get_md5_hash_password(user.password):
         raise TokenError("the password has changed")
-    _, first = token.blacklist()
-    if not first:
+    if not token.spend():
         if token.family.filter(blacklistedtoken=None).exists():
             with recorded(request, actor=user):
                 token.end_family()
@@ -193,7 +202,7 @@ class RevokeToken(TokenView):
         values = self.read(request)
         with contextlib.suppress(TokenError, get_user_model().DoesNotExist):
             token = Unspent(values["refresh"])
-            user = get_user_model().objects.get(pk=token.payload.get(api_settings.USER_ID_CLAIM))
+            user = token.owner
             with recorded(request, actor=user):
                 token.end_family()
                 note(user, "revoke_token")

@@ -133,7 +133,7 @@ class Issuer(OpenIDConnectOAuth2Adapter):  # type: ignore[misc]  # allauth carri
     def complete_login(self, request: HttpRequest, app: Any, token: Any, **kwargs: Any) -> Any:
         """The claims of the ID token, and of the userinfo what it does not say."""
         signed = self.verified(app, str(kwargs["response"].get("id_token") or ""))
-        told: dict[str, Any] = {}
+        told: Any = {}
         if "userinfo_endpoint" in self.openid_config:
             told = self._fetch_user_info(token.token)
             if not isinstance(told, dict) or told.get("sub") != signed["sub"]:

@@ -123,16 +123,15 @@ class Browser:
         return self.http.get("/admin/").status_code == 200
 
 
-def facts(gateway: Gateway, name: str) -> dict[str, Any]:
-    """What the gateway knows of a user."""
+def facts(gateway: Gateway, name: str) -> Any:
+    """What the gateway knows of a user; None when there is no such user."""
     text = gateway.shell(
         "import json\nfrom django.contrib.auth.models import User\n"
         f"user = User.objects.filter(username={name!r}).first()\n"
         "print(json.dumps(None if user is None else {'groups': sorted(user.groups.values_list('name', flat=True)), "
         "'staff': user.is_staff, 'super': user.is_superuser, 'email': user.email, 'password': user.has_usable_password()}))"
     )
-    found: dict[str, Any] = json.loads(text)
-    return found
+    return json.loads(text)
 
 
 def shell(gateway: Gateway, change: str) -> None:
