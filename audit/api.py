@@ -6,6 +6,7 @@ The errors are in audit.api_errors, the views in audit.api_views.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
@@ -18,11 +19,12 @@ from rest_framework.parsers import JSONParser
 from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 from rest_framework.response import Response
-from rest_framework.throttling import SimpleRateThrottle
+from rest_framework.throttling import BaseThrottle
 from rest_framework_simplejwt.authentication import JWTAuthentication
 from rest_framework_simplejwt.tokens import Token
 
 from audit.api_errors import RequestTooLarge, error_response
+from audit.counters import Counters
 from audit.strict_json import StrictJSONError, loads
 
 if TYPE_CHECKING:
@@ -67,20 +69,30 @@ class DenyAll(BasePermission):
         return False
 
 
-class CallerThrottle(SimpleRateThrottle):
-    """RATE_LIMIT_REQUESTS in RATE_LIMIT_WINDOW_SECONDS for each user, and for each address without one."""
-
-    cache_format = "api-throttle-%(scope)s-%(ident)s"
+class CallerThrottle(BaseThrottle):
+    """RATE_LIMIT_REQUESTS in RATE_LIMIT_WINDOW_SECONDS for each user, whatever his role, and for each address without one."""
 
     def __init__(self) -> None:
-        self.num_requests = settings.RATE_LIMIT_REQUESTS
-        self.duration = settings.RATE_LIMIT_WINDOW_SECONDS
-        self.rate = f"{self.num_requests} in {self.duration} s"
+        self._wait: float | None = None
 
-    def get_cache_key(self, request: Request, view: APIView) -> str:
+    def allow_request(self, request: Request, view: APIView) -> bool:
         if request.user.is_authenticated:
-            return self.cache_format % {"scope": "user", "ident": request.user.pk}
-        return self.cache_format % {"scope": "address", "ident": self.get_ident(request)}
+            name = f"user:{request.user.pk}"
+        else:
+            name = f"address:{self.get_ident(request)}"
+        self._wait = counters().take(
+            name, limit=settings.RATE_LIMIT_REQUESTS, window=settings.RATE_LIMIT_WINDOW_SECONDS
+        )
+        return self._wait is None
+
+    def wait(self) -> float | None:
+        return self._wait
+
+
+@cache
+def counters() -> Counters:
+    """This process's; made with the first request, since a worker is forked after this module was imported."""
+    return Counters(settings.REDIS_URL)
 
 
 class StrictJSONParser(JSONParser):

@@ -71,6 +71,18 @@ class RequestTooLarge(exceptions.APIException):
     default_detail = "The body is too large."
 
 
+class CodeNeeded(exceptions.AuthenticationFailed):
+    """Name and password are right, and a second factor is enrolled. wrong: a code was sent, and is not good."""
+
+    def __init__(self, *, wrong: bool) -> None:
+        super().__init__(
+            "This code is wrong, or was used before."
+            if wrong
+            else "Send the code of your second factor, too."
+        )
+        self.told = "OTP_INVALID" if wrong else "OTP_REQUIRED"
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """What is told of an error. details: field -> messages for 400; what is useful for others."""
@@ -79,10 +91,12 @@ class Problem:
     message: str
     details: dict[str, Any] = field(default_factory=dict)
     retry_after: int | None = None
+    code: str = ""
+    """Where the status does not say enough."""
 
     def body(self, request_id: str) -> dict[str, Any]:
         error = {
-            "code": CODES.get(self.status, "INTERNAL_ERROR"),
+            "code": self.code or CODES.get(self.status, "INTERNAL_ERROR"),
             "message": self.message,
             "details": self.details,
         }
@@ -110,6 +124,10 @@ def _of_api(error: exceptions.APIException) -> Problem:
         detail = detail["detail"]
     message = str(detail) if isinstance(detail, str) else str(error.default_detail)
     return Problem(error.status_code, message)
+
+
+def _of_code(error: CodeNeeded) -> Problem:
+    return Problem(401, str(error.detail), {"otp": [str(error.detail)]}, code=error.told)
 
 
 def _of_validation(error: exceptions.ValidationError) -> Problem:
@@ -173,6 +191,7 @@ def _flat(detail: Any, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
 _readers.update(
     {
         exceptions.APIException: _of_api,
+        CodeNeeded: _of_code,
         exceptions.ValidationError: _of_validation,
         exceptions.ParseError: _of_parsing,
         exceptions.Throttled: _of_throttle,

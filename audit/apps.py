@@ -10,8 +10,10 @@ class AuditConfig(AppConfig):
 
     def ready(self) -> None:
         from audit import receivers, roles
+        from audit.access import second_factor
 
         receivers.connect()
+        second_factor.connect()
         roles.connect()
         post_migrate.connect(_prepare, sender=self, dispatch_uid="audit-prepare")
 

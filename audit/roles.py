@@ -41,8 +41,8 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         "api_keys": {Role.VIEWER: _READ, Role.OPERATOR: frozenset({"read", "add", "replace", "test"})},
         "gateway_keys": {
             Role.VIEWER: _READ,
-            Role.OPERATOR: frozenset({"read", "add", "revoke", "rotate"}),
-            Role.MEMBER: frozenset({"read", "revoke", "rotate"}),
+            Role.OPERATOR: frozenset({"read", "add", "revoke", "rotate", "lend"}),
+            Role.MEMBER: frozenset({"read", "revoke", "rotate", "lend"}),
         },
         "owner_limits": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
         "usage": {Role.VIEWER: _READ, Role.OPERATOR: _READ, Role.MEMBER: _READ},
@@ -58,7 +58,8 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
     }
 )
 """Resource -> role -> actions. An administrator may do everything to every resource named here; a member's actions are
-on what is his own. `key_stores` is writing a reference to a secret that is kept elsewhere."""
+on what is his own. Lending a key is making a token for browsers that
+stands for it. `key_stores` is writing a reference to a secret that is kept elsewhere."""
 
 MODELS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -142,6 +143,12 @@ def may(user: AnyUser, resource: str, action: str) -> bool:
 def own_only(user: AnyUser, resource: str, action: str) -> bool:
     """Whether what `may` allows reaches no further than the user's own things."""
     return not any(_allows(role, resource, action) for role in roles_of(user) - {Role.MEMBER})
+
+
+def somebody_administers() -> bool:
+    """Whether anybody is left who may log in and has every right."""
+    rights = Q(is_superuser=True) | Q(groups__name=Role.ADMINISTRATOR)
+    return User.objects.filter(rights, is_active=True, is_staff=True).exists()
 
 
 def _allows(role: Role, resource: str, action: str) -> bool:

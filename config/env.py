@@ -23,6 +23,8 @@ from django.core.exceptions import ImproperlyConfigured
 T = TypeVar("T")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+ROLES = ("viewer", "operator", "administrator", "member")
+"""As in audit.roles, which cannot be imported before there are settings."""
 EXAMPLE_KEY = "base64url-of-32-random-bytes-goes-here"
 
 
@@ -123,6 +125,27 @@ class Reader:
             self.wrong(name, f"is missing; {hint}")
         return value
 
+    def role_map(self, name: str) -> tuple[tuple[str, str], ...]:
+        """`value=role` pairs separated by commas, as (value, group); `value=team:name` maps to a team."""
+        hint = f"write VALUE=ROLE, separated by commas; ROLE is {', '.join(ROLES)}, or team:NAME for a group of yours"
+        return self.read(name, (), _role_map, hint)
+
+    def wrong_sign_on(self, issuer: str, *, client: str, secret: str, roles: object) -> None:
+        """Name what is missing or wrong of single sign-on, once there is an issuer."""
+        parts = urlsplit(issuer)
+        loopback = parts.hostname in {"localhost", "127.0.0.1", "::1"}
+        if not parts.hostname or parts.scheme not in ({"https", "http"} if loopback else {"https"}):
+            self.wrong(
+                "OIDC_ISSUER", "write the issuer's address, like https://login.example.com/realms/team"
+            )
+        if parts.query or parts.fragment or "/.well-known/" in issuer:
+            self.wrong("OIDC_ISSUER", "write the issuer alone, without /.well-known/ and without a query")
+        for name, value in (("OIDC_CLIENT_ID", client), ("OIDC_CLIENT_SECRET", secret)):
+            if not value:
+                self.wrong(name, "is missing; the identity provider tells it when the client is registered")
+        if not roles and not any(problem.name == "OIDC_ROLE_MAP" for problem in self.problems):
+            self.wrong("OIDC_ROLE_MAP", "is missing; without it nobody may sign in")
+
 
 def key_from_text(text: str) -> bytes:
     """Decode base64url; ValueError when it is no base64url, below 32 bytes, or has almost no variety."""
@@ -178,6 +201,19 @@ def _peppers(text: str) -> dict[int, bytes]:
         number, _, value = pair.partition(":")
         peppers[int(number)] = key_from_text(value)
     return peppers
+
+
+def _role_map(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = []
+    for word in _words(text):
+        value, equals, role = (part.strip() for part in word.rpartition("="))
+        team = role.removeprefix("team:").strip()
+        if not equals or not value or not team or (role == team and role not in ROLES) or len(team) > 150:
+            raise ValueError
+        if role != team and team in ROLES:
+            raise ValueError
+        pairs.append((value, team))
+    return tuple(pairs)
 
 
 def refuse_wrong_settings(problems: list[Problem]) -> None:

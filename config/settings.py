@@ -110,6 +110,11 @@ INSTALLED_APPS = [
     "corsheaders",
     "csp",
     "axes",
+    "allauth",
+    "allauth.account",
+    "allauth.mfa",
+    "allauth.socialaccount",
+    "allauth.socialaccount.providers.openid_connect",
     "channels",
     "rest_framework",
     "rest_framework_simplejwt.token_blacklist",
@@ -127,12 +132,14 @@ MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "config.csp.ContentSecurityPolicy",
-    "audit.middleware.DatabaseAwayMiddleware",
+    # Before whoever may answer in the view's place: a page of another origin is to see that answer, too.
     "corsheaders.middleware.CorsMiddleware",
+    "audit.middleware.DatabaseAwayMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "allauth.account.middleware.AccountMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "axes.middleware.AxesMiddleware",
@@ -291,7 +298,9 @@ CORS_EXPOSE_HEADERS = ["etag", "x-request-id", "retry-after"]
 CSRF_TRUSTED_ORIGINS = env.origins("CSRF_TRUSTED_ORIGINS") or ([PUBLIC_URL] if HTTPS else [])
 TRUSTED_PROXIES = env.networks("TRUSTED_PROXIES")
 
+SESSION_ENGINE = "audit.access.sessions"
 SESSION_COOKIE_AGE = 12 * 3600
+SESSION_IDLE_SECONDS = 30 * 60
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = "Lax"
 SESSION_COOKIE_SECURE = HTTPS
@@ -348,11 +357,72 @@ LOGIN_REDIRECT_URL = "/admin/"
 AXES_FAILURE_LIMIT = 10
 AXES_COOLOFF_TIME = timedelta(minutes=5)
 AXES_LOCKOUT_PARAMETERS = ["username", "ip_address"]
-AXES_RESET_ON_SUCCESS = True
+# A good login takes nothing back: else whoever has an account could guess nine times, log in, and guess again.
+AXES_RESET_ON_SUCCESS = False
+# Nor does a try during the lock, or anybody could keep an administrator out for ever.
+AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False
+AXES_LOCKOUT_CALLABLE = "audit.access.signing_in.locked_page"
+AXES_SENSITIVE_PARAMETERS = ["username", "ip_address", "code", "credential"]
+AXES_DISABLE_ACCESS_LOG = True
 AXES_HTTP_RESPONSE_CODE = 429
 AXES_ENABLE_ADMIN = False
 AXES_VERBOSE = False
 AXES_IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
+
+# The second factor, and the steps of a login. Guessing is axes' business, which counts in the database for all processes.
+ACCOUNT_ADAPTER = "audit.access.signing_in.Accounts"
+ACCOUNT_LOGIN_METHODS = {"username"}
+ACCOUNT_SIGNUP_FIELDS = ["username*", "password1*", "password2*"]
+ACCOUNT_EMAIL_VERIFICATION = "none"
+ACCOUNT_UNIQUE_EMAIL = False
+ACCOUNT_RATE_LIMITS = False
+ACCOUNT_REAUTHENTICATION_TIMEOUT = 900
+MFA_ADAPTER = "audit.access.second_factor.Sealed"
+MFA_FORMS = {
+    "authenticate": "audit.access.second_factor.CodeForm",
+    "reauthenticate": "audit.access.second_factor.CodeAgainForm",
+}
+MFA_SUPPORTED_TYPES = ["totp", "webauthn", "recovery_codes"]
+MFA_RATE_LIMITS = False
+MFA_TOTP_ISSUER = "Penstock"
+MFA_TOTP_TOLERANCE = 1
+MFA_RECOVERY_CODES_SHOW_ONCE = True
+MFA_ALLOW_UNVERIFIED_EMAIL = True
+
+# -- single sign-on --------------------------------------------------------------------------------------------------
+
+OIDC_ISSUER = env.text("OIDC_ISSUER").rstrip("/")
+OIDC_CLIENT_ID = env.text("OIDC_CLIENT_ID")
+OIDC_CLIENT_SECRET = env.text("OIDC_CLIENT_SECRET")
+OIDC_ROLE_CLAIM = env.text("OIDC_ROLE_CLAIM", "groups")
+OIDC_ROLE_MAP = env.role_map("OIDC_ROLE_MAP")
+
+if OIDC_ISSUER:
+    env.wrong_sign_on(OIDC_ISSUER, client=OIDC_CLIENT_ID, secret=OIDC_CLIENT_SECRET, roles=OIDC_ROLE_MAP)
+elif OIDC_CLIENT_ID or OIDC_CLIENT_SECRET or OIDC_ROLE_MAP:
+    env.wrong("OIDC_ISSUER", "is missing; without it the other OIDC settings do nothing")
+
+SOCIALACCOUNT_ADAPTER = "config.sso.SignOn"
+SOCIALACCOUNT_EMAIL_VERIFICATION = "none"
+# Nobody becomes somebody else by an address of mail, verified or not.
+SOCIALACCOUNT_EMAIL_AUTHENTICATION = False
+SOCIALACCOUNT_STORE_TOKENS = False
+SOCIALACCOUNT_PROVIDERS: dict[str, Any] = {
+    "openid_connect": {
+        "APPS": [
+            {
+                # Whom an account belongs to is told by issuer and subject together (OpenID Connect Core, 5.7).
+                "provider_id": OIDC_ISSUER,
+                "name": "single sign-on",
+                "client_id": OIDC_CLIENT_ID,
+                "secret": OIDC_CLIENT_SECRET,
+                "settings": {"server_url": OIDC_ISSUER, "oauth_pkce_enabled": True},
+            }
+        ]
+        if OIDC_ISSUER
+        else []
+    }
+}
 
 # -- API -------------------------------------------------------------------------------------------------------------
 

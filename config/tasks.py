@@ -23,10 +23,11 @@ KEEP_ATTEMPTS = timedelta(days=1)
 
 @shared_task(name="config.tasks.forget_logins")
 def forget_logins() -> None:
-    """Once a day, whoever ticks: forget refresh tokens that have expired, and old attempts to log in."""
+    """Once a day, whoever ticks: forget sessions and refresh tokens that have expired, and old attempts to log in."""
     now = timezone.now()
     if not take(JOB, int(now.timestamp()) // DAY):
         return
+    call_command("clearsessions")
     call_command("flushexpiredtokens")
     for model in (AccessAttempt, AccessFailureLog, AccessLog):
         model.objects.filter(attempt_time__lt=now - KEEP_ATTEMPTS).delete()

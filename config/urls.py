@@ -8,6 +8,7 @@ from django.views.generic import RedirectView
 from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
 from audit.api_views import NotHere
+from config import sso
 from config.api_health import PingView
 
 
@@ -21,6 +22,10 @@ urlpatterns = [
     path("", RedirectView.as_view(url="/admin/"), name="start"),
     # APPEND_SLASH is off, since nothing else is to redirect; but this is what people type.
     path("admin", RedirectView.as_view(url="/admin/"), name="admin-without-slash"),
+    path("admin/account/sign-on/", sso.start, name="sso_start"),
+    path("admin/account/sign-on/link/", admin.site.admin_view(sso.link), name="sso_link"),
+    path("admin/account/sign-on/callback/", sso.callback, name="sso_callback"),
+    path("admin/account/", include("audit.access.urls")),
     path("admin/", admin.site.urls),
     re_path(r"^ping/?$", PingView.as_view(), name="ping"),
     re_path(r"^api/(?:v1/)?schema/?$", SpectacularAPIView.as_view(), name="schema"),

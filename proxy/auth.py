@@ -99,15 +99,19 @@ def presented_key(headers: RawHeaders) -> str:
 
 
 def well_formed(text: str) -> bool:
-    """Whether `text` has the form and checksum of a gateway key."""
-    return len(text) <= MAX_KEY and keys.parse(text) is not None
+    """Whether `text` has the form and checksum of a gateway key, or of a browser token."""
+    return len(text) <= MAX_KEY and (
+        keys.parse(text) is not None or keys.parse_browser_token(text) is not None
+    )
 
 
 def authenticate(text: str, callers: Mapping[str, Caller], peppers: Mapping[int, bytes]) -> Caller:
-    """The caller whose key `text` is. InvalidApiKey for anything else.
+    """The caller whose key, or whose token for browsers, `text` is. InvalidApiKey for anything else.
 
     Unknown keys are compared with a stand-in, so that time tells nothing about what exists (R14).
     """
+    if text.startswith("pen_tmp_"):
+        return _of_browser_token(text, callers, peppers)
     parts = keys.parse(text) if len(text) <= MAX_KEY else None
     if parts is None:
         raise InvalidApiKey
@@ -117,6 +121,25 @@ def authenticate(text: str, callers: Mapping[str, Caller], peppers: Mapping[int,
         hmac.compare_digest(keys.digest(parts.secret, _ABSENT_PEPPER), _ABSENT_DIGEST)
         raise InvalidApiKey
     if not _matches(caller, parts.secret, peppers, now) or caller.expired(now):
+        raise InvalidApiKey
+    return caller
+
+
+def _of_browser_token(text: str, callers: Mapping[str, Caller], peppers: Mapping[int, bytes]) -> Caller:
+    """The caller that a browser token stands for: its key must be good, and the token not too old."""
+    parts = keys.parse_browser_token(text) if len(text) <= MAX_KEY else None
+    now = time.time()
+    if parts is None or parts.until <= now:
+        raise InvalidApiKey
+    caller = callers.get(parts.key_id)
+    if caller is None:
+        hmac.compare_digest(keys.browser_mac(parts.body, _ABSENT_DIGEST, _ABSENT_PEPPER), parts.mac)
+        raise InvalidApiKey
+    stored = [(caller.digest, caller.pepper)]
+    if caller.previous_digest and caller.previous_until > now:
+        stored.append((caller.previous_digest, caller.previous_pepper))
+    macs = (keys.browser_mac(parts.body, old, peppers.get(at, _ABSENT_PEPPER)) for old, at in stored)
+    if not any(hmac.compare_digest(mac, parts.mac) for mac in macs) or caller.expired(now):
         raise InvalidApiKey
     return caller
 

@@ -1,5 +1,8 @@
 """Gateway keys: their form, and issuing, rotating and revoking them.
 
+A token for browsers stands for a key for a few minutes: `pen_tmp_<id of the key: 10><expiry: epoch seconds, 8 hex><mac: 64 hex>_<crc>`.
+Nothing of it is stored.
+
 Form: `pen_live_<id: 10 base62><secret: 32 base62>_<crc: 6 base62>`, where crc is the CRC-32 of the ASCII text before the
 last underscore in base62 (0-9A-Za-z), padded with zeros. Published for secret scanners as `FORM`.
 """
@@ -11,7 +14,7 @@ import re
 import secrets
 import string
 import zlib
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from django.conf import settings
@@ -24,6 +27,11 @@ if TYPE_CHECKING:
 ALPHABET = string.digits + string.ascii_uppercase + string.ascii_lowercase
 FORM = re.compile(r"pen_live_(?P<id>[0-9A-Za-z]{10})(?P<secret>[0-9A-Za-z]{32})_(?P<crc>[0-9A-Za-z]{6})")
 DEFAULT_OVERLAP = timedelta(hours=24)
+BROWSER_FORM = re.compile(
+    r"(?P<body>pen_tmp_(?P<id>[0-9A-Za-z]{10})(?P<until>[0-9a-f]{8}))(?P<mac>[0-9a-f]{64})_(?P<crc>[0-9A-Za-z]{6})"
+)
+BROWSER_SECONDS = 900
+"""The longest life of a token for browsers."""
 
 
 class Parts(NamedTuple):
@@ -50,6 +58,44 @@ def parse(text: str) -> Parts | None:
     if match is None or checksum(text[:-7]) != match["crc"]:
         return None
     return Parts(match["id"], match["secret"])
+
+
+class BrowserParts(NamedTuple):
+    """until: epoch seconds. body is what the MAC, in hex, is over."""
+
+    key_id: str
+    until: int
+    body: str
+    mac: str
+
+
+def parse_browser_token(text: str) -> BrowserParts | None:
+    """The parts of a well-formed browser token with a right checksum; None for anything else."""
+    match = BROWSER_FORM.fullmatch(text)
+    if match is None or checksum(text[:-7]) != match["crc"]:
+        return None
+    return BrowserParts(match["id"], int(match["until"], 16), match["body"], match["mac"])
+
+
+def browser_mac(body: str, stored_digest: str, pepper: bytes) -> str:
+    """Hex HMAC-SHA256 of a token's body under a key made of the pepper and of what is stored of its gateway key.
+
+    So a token ends with the secret that it was made for, and nobody who has only the database can make one.
+    """
+    key = hmac.digest(pepper, f"browser token {stored_digest}".encode("ascii"), "sha256")
+    return hmac.digest(key, body.encode("ascii"), "sha256").hex()
+
+
+def browser_token(key: GatewayKey, *, seconds: int = BROWSER_SECONDS) -> tuple[str, datetime]:
+    """A token that stands for `key` for so long, or until the key expires, and when that is. Nothing is stored."""
+    from providers.fields import raw
+
+    until = timezone.now().replace(microsecond=0) + timedelta(seconds=min(seconds, BROWSER_SECONDS))
+    if key.expires_at is not None:
+        until = min(until, key.expires_at)
+    body = f"pen_tmp_{key.key_id}{int(until.timestamp()):08x}"
+    text = body + browser_mac(body, raw(key.hmac), settings.PENSTOCK_PEPPERS[key.pepper])
+    return f"{text}_{checksum(text)}", until
 
 
 def digest(secret: str, pepper: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -108,12 +109,31 @@ class RotationSerializer(KnownFields):
     )
 
 
+class LifetimeSerializer(KnownFields):
+    expires_in = serializers.IntegerField(
+        required=False,
+        min_value=1,
+        max_value=keys.BROWSER_SECONDS,
+        help_text="Seconds; as long as possible if left out.",
+    )
+
+
+class BrowserTokenSerializer(serializers.Serializer[Any]):
+    token = serializers.CharField(help_text="A bearer token of the data plane; it is never shown again.")
+    expires_at = serializers.DateTimeField()
+
+
 class GatewayKeys(Bulk, Rows):
     """The keys that applications call with. A member sees his own and those of his teams."""
 
     resource = "gateway_keys"
     # Whoever may give a key a new secret may empty its cache.
-    words: ClassVar = {"revoke": "revoke", "rotate": "rotate", "empty_cache": "rotate"}
+    words: ClassVar = {
+        "revoke": "revoke",
+        "rotate": "rotate",
+        "empty_cache": "rotate",
+        "browser_token": "lend",
+    }
     serializer_class = GatewayKeySerializer
     queryset = GatewayKey.objects.select_related("owner", "team", "use", "budget")
     filterset_fields = ("enabled", "owner__username", "team__name")
@@ -174,3 +194,20 @@ class GatewayKeys(Bulk, Rows):
                 raise Conflict("A revoked key stays revoked; issue another one.")
             whole = keys.rotate(key, overlap=overlap)
         return self.shown(key, key=whole)
+
+    @extend_schema(request=LifetimeSerializer, responses=BrowserTokenSerializer)
+    @action(detail=True, methods=["post"], url_path="browser-token")
+    def browser_token(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        """A token for a web page: it stands for the key, with its limits and budget, for at most 15 minutes."""
+        form = LifetimeSerializer(data=request.data)
+        form.is_valid(raise_exception=True)
+        with self.changing() as change:
+            key = self.get_object()
+            if not key.usable:
+                raise Conflict("Only a key that can be used now can be lent.")
+            token, until = keys.browser_token(
+                key, seconds=form.validated_data.get("expires_in", keys.BROWSER_SECONDS)
+            )
+            identity = replace(key.audit_identity(), noun="browser_token")
+            change.add(verb="issue", identity=identity, changes={"expires_at": [None, until.isoformat()]})
+        return Response({"token": token, "expires_at": until}, headers={"Cache-Control": "no-store"})

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
-from django.core.cache import cache
 from django.core.exceptions import ValidationError
 from django.db import IntegrityError, OperationalError, connection
 from django.test import RequestFactory, override_settings
@@ -19,6 +18,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from audit import api_errors
+from audit.api import counters
 from audit.api_views import OnlyJSON
 from audit.changes import AuditUnavailable
 from providers.errors import ConnectFailed, KeyringUnavailable
@@ -282,9 +282,9 @@ def test_while_the_database_is_away_the_answer_is_503(viewer: User) -> None:
 def few_requests(settings: Any) -> Iterator[None]:
     """Three requests in ten minutes, counted from nothing."""
     settings.RATE_LIMIT_REQUESTS, settings.RATE_LIMIT_WINDOW_SECONDS = 3, 600
-    cache.clear()
+    counters.cache_clear()
     yield
-    cache.clear()
+    counters.cache_clear()
 
 
 def test_a_caller_is_throttled_and_told_when_to_come_back(

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
-from django.core.cache import cache
+from rest_framework_simplejwt.token_blacklist.models import OutstandingToken
 
 from audit.changes import changes
+from audit.models import Entry
 from proxy import keys
 from proxy.models import GatewayKey
 from tests.support.api import V1, anybody, as_, error
@@ -106,6 +107,55 @@ def test_a_refresh_token_is_spent_by_its_use(viewer: User) -> None:
     assert error(again)["code"] == "AUTHENTICATION_REQUIRED"
 
 
+def refreshed(pair: dict[str, Any]) -> Any:
+    return anybody().post(f"{V1}/auth/token/refresh", {"refresh": pair["refresh"]})
+
+
+def test_a_spent_refresh_token_that_comes_back_ends_all_that_came_of_its_login(viewer: User) -> None:
+    stolen, other = tokens(), tokens()
+    second = refreshed(stolen).json()
+    third = refreshed(second).json()
+
+    assert refreshed(stolen).status_code == 401
+
+    assert refreshed(third).status_code == 401
+    assert refreshed(other).status_code == 200
+    entry = Entry.objects.get(action="revoke_token")
+    assert entry.entity_name == "viewer" and "again" in entry.changes["why"][1]
+
+
+def test_revoking_ends_what_a_login_was_renewed_to_and_no_other_login(viewer: User) -> None:
+    first, other = tokens(), tokens()
+    second = refreshed(first).json()
+    anybody().post(f"{V1}/auth/token/revoke", {"refresh": second["refresh"]})
+
+    assert refreshed(second).status_code == 401
+    assert refreshed(other).status_code == 200
+
+
+def test_a_changed_password_ends_refresh_tokens(viewer: User) -> None:
+    pair = tokens()
+    with changes(actor=None, via="system"):
+        viewer.set_password("battery staple correct")
+        viewer.save()
+
+    assert refreshed(pair).status_code == 401
+
+
+def test_no_token_is_kept_in_the_database(viewer: User) -> None:
+    refreshed(tokens())
+
+    assert {row.token for row in OutstandingToken.objects.all()} == {""}
+    assert OutstandingToken.objects.count() == 2
+
+
+def test_a_token_is_recorded(viewer: User) -> None:
+    tokens()
+
+    entry = Entry.objects.get(action="issue_token")
+    assert (entry.username, entry.via, entry.ip) == ("viewer", "api", "127.0.0.1")
+
+
 def test_a_revoked_refresh_token_is_worth_nothing(viewer: User) -> None:
     pair = tokens()
 
@@ -191,8 +241,3 @@ def test_a_token_needs_no_csrf_token(operator: User) -> None:
     body = {"name": "x", "base_url": "http://127.0.0.1:9"}
 
     assert client.post(f"{V1}/servers", body, headers=bearer).status_code == 201
-
-
-@pytest.fixture(autouse=True)
-def _fresh_throttle() -> None:
-    cache.clear()

@@ -1,27 +1,38 @@
-"""The four roles: what each may do through the API, and the same table as Django permissions for the admin."""
+"""The four roles: what each may do through the API, and the same table as Django permissions for the admin.
+
+MATRIX is the contract. It is compared with the live URL conf, so a new path is denied a merge until it has a line here.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from django.contrib import admin
 from django.contrib.auth.models import Group, User
 from django.core.management import call_command
 from django.db import transaction
+from django.urls import URLResolver, get_resolver
 
 from audit import roles
-from audit.api_counts import template
+from audit.access import urls as access_urls
 from audit.changes import changes
 from audit.models import Entry, Head
 from config import api_v1
 from providers.models import Provider
+from proxy import keys
+from proxy.models import GatewayKey
 from tests.support.api import V1, add_key, add_server, anybody, as_
 
 pytestmark = pytest.mark.django_db
 WHO = ("nobody", "stranger", "member", "viewer", "operator", "administrator", "superuser")
 READ, WRITE, ADMIN = "vOAS", "OAS", "AS"
-"""Who may: v viewer, O operator, A administrator, S superuser; m member."""
+"""Who may: v viewer, O operator, A administrator, S superuser; m member, of what is his own."""
+LOGGED_IN = "sm" + READ
+OPEN = "n" + LOGGED_IN
+"""s: somebody without a role; n: nobody, not even logged in."""
 
 MATRIX: list[tuple[str, str, str]] = [
     ("get", "servers", READ),
@@ -113,9 +124,31 @@ MATRIX: list[tuple[str, str, str]] = [
     ("get", "usage", "m" + READ),
     ("get", "usage/summary", "m" + READ),
     ("get", "usage/{usage}", "m" + READ),
+    ("post", "gateway-keys/{gateway}/browser-token", "m" + WRITE),
+    ("get", "health", OPEN),
+    ("post", "auth/token", OPEN),
+    ("post", "auth/token/refresh", OPEN),
+    ("post", "auth/token/revoke", OPEN),
+    ("get", "schema", LOGGED_IN),
+    ("get", "docs", LOGGED_IN),
 ]
+"""(method, path below /api/v1, who may). `{name}` is the thing of that name in `things`."""
 RECORD = "01990000-0000-7000-8000-000000000001"
-LETTERS = {"member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S"}
+LETTERS = {
+    "nobody": "n", "stranger": "s", "member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S",
+}  # fmt: skip
+PLACEHOLDERS = {
+    "servers": "{server}",
+    "providers": "{server}",
+    "api-keys": "{key}",
+    "active": "{purpose}",
+    "model-routes": "{route}",
+    "gateway-keys": "{gateway}",
+}
+"""First part of a path -> the thing whose id stands in it."""
+MOUNTS = ("api/v1/llm-config/", "api/v1/", "api/")
+ELSEWHERE = {"", "admin", "admin/", "ping", "api"}
+"""What the URL conf has besides: the start page, the admin (see below), /ping, and the answer to what there is not."""
 
 
 @pytest.fixture
@@ -161,7 +194,7 @@ def test_the_matrix(people: dict[str, User], things: dict[str, Any]) -> None:
     for method, path, allowed in MATRIX:
         for who, client in clients.items():
             status = _status(client, method, f"{V1}/{path.format(**things)}")
-            expected = LETTERS.get(who, "?") in allowed
+            expected = LETTERS[who] in allowed
             denied = {401} if who == "nobody" else {403}
             if (status not in {401, 403}) is not expected or (not expected and status not in denied):
                 wrong.append(f"{who} {method} {path}: {status}")
@@ -178,33 +211,111 @@ def _status(client: Any, method: str, path: str) -> int:
     return status
 
 
+def test_a_key_of_the_data_plane_opens_nothing_here(people: dict[str, User], things: dict[str, Any]) -> None:
+    """R16: neither a gateway key nor a browser token, whoever owns it."""
+    with changes(actor=None, via="system"):
+        key = GatewayKey(name="of an administrator", owner=people["superuser"])
+        whole = keys.give_secret(key)
+        key.save()
+    token, _ = keys.browser_token(key)
+    wrong = []
+    for method, path, allowed in MATRIX:
+        for bearer in (whole, token):
+            client = anybody(headers={"Authorization": f"Bearer {bearer}"})
+            status = _status(client, method, f"{V1}/{path.format(**things)}")
+            if allowed != OPEN and status != 401:
+                wrong.append(f"{method} {path}: {status}")
+    assert not wrong
+
+
+def test_what_belongs_to_somebody_else_is_not_there(
+    things: dict[str, Any], person: Callable[..., User]
+) -> None:
+    """R49: a member gets 404, not 403, for what he may do with his own."""
+    client = as_(person("another", "member"))
+    for method, path, allowed in MATRIX:
+        if "m" in allowed and "{" in path and allowed != OPEN:
+            assert _status(client, method, f"{V1}/{path.format(**things)}") == 404, f"{method} {path}"
+
+
 def test_the_matrix_has_every_route() -> None:
     known = {(method, path) for method, path, _ in MATRIX}
-    found = {(method, path) for path, methods in _routes() for method in methods}
+    found = set(_routes(get_resolver()))
 
-    assert found == known
+    missing = [f'    ("{method}", "{path}", ...),' for method, path in sorted(found - known)]
+    assert not missing, "add to MATRIX, with who may according to contract 2.2:\n" + "\n".join(missing)
+    gone = [f'    ("{method}", "{path}", ...),' for method, path in sorted(known - found)]
+    assert not gone, "remove from MATRIX what the URL conf no longer has:\n" + "\n".join(gone)
 
 
-def _routes() -> Iterator[tuple[str, set[str]]]:
-    """The paths of the router and their methods, as the matrix writes them."""
-    ids = {
-        "servers": "{server}",
-        "providers": "{server}",
-        "api-keys": "{key}",
-        "model-routes": "{route}",
-        "gateway-keys": "{gateway}",
-        "audit": "{entry}",
-        "prices": "{price}",
-        "owner-limits": "{limits}",
-        "usage": "{usage}",
-        "budgets": "{budget}",
-    }
-    for pattern in api_v1.urlpatterns:
-        actions = getattr(pattern.callback, "actions", {})  # type: ignore[union-attr]
-        path = template(str(pattern.pattern)).strip("/")
-        path = path.replace("{id}", ids.get(path.partition("/")[0], "{id}")).replace("{model_id}", "{model}")
-        if actions:
-            yield path, set(actions) - {"head", "options"}
+def _routes(resolver: URLResolver) -> Iterator[tuple[str, str]]:
+    """(method, path) of all that Django answers below /api/v1, as the matrix writes it; nothing may be mounted elsewhere."""
+    for pattern in resolver.url_patterns:
+        start = str(pattern.pattern)
+        if isinstance(pattern, URLResolver) and start in MOUNTS:
+            assert pattern.urlconf_name is api_v1, f"{start} leads to other paths than the other mounts"
+            if start == "api/v1/":
+                for each in pattern.url_patterns:
+                    yield from _methods(each, _written(each))
+        elif start.startswith("^api/(?:v1/)?"):
+            yield from _methods(pattern, _written(pattern).removeprefix("api/(?:v1/)?"))
+        else:
+            plain = start.strip("^$").removesuffix("/?").partition("(")[0]
+            assert plain in ELSEWHERE or plain.startswith("admin/account/"), (
+                f"where is {start} in the matrix?"
+            )
+
+
+def _written(pattern: Any) -> str:
+    text = str(pattern.pattern).strip("^$").removesuffix("/?").replace("/?", "").replace("\\", "")
+    head = text.partition("/")[0]
+
+    def placeholder(group: re.Match[str]) -> str:
+        return "{model}" if group[1] == "model_id" else PLACEHOLDERS.get(head, "{" + head + "}")
+
+    return re.sub(r"\(\?P<(\w+)>(?:[^()]|\([^()]*\))*\)", placeholder, text)
+
+
+def _methods(pattern: Any, path: str) -> Iterator[tuple[str, str]]:
+    view = getattr(pattern.callback, "cls", None) or getattr(pattern.callback, "view_class", None)
+    offered = getattr(pattern.callback, "actions", None) or [
+        name for name in view.http_method_names if hasattr(view, name)
+    ]
+    for method in set(offered) - {"head", "options"}:
+        yield method, path
+
+
+# -- the admin ---------------------------------------------------------------------------------------------------------
+
+WITHOUT_LOGIN = {"login/", "logout/", "jsi18n/"}
+"""Pages of the admin that answer to anybody; the script of texts tells nothing."""
+
+
+def _pages(patterns: Any, start: str = "") -> Iterator[str]:
+    for pattern in patterns:
+        text = re.sub(r"<[^>]+>", "1", start + str(pattern.pattern))
+        if isinstance(pattern, URLResolver):
+            yield from _pages(pattern.url_patterns, text)
+        else:
+            yield text
+
+
+@pytest.mark.parametrize("who", ["nobody", "stranger", "member"])
+@pytest.mark.parametrize("method", ["get", "post"])
+def test_no_page_of_the_admin_opens_without_a_staff_role(
+    people: dict[str, User], who: str, method: str
+) -> None:
+    client = anybody() if who == "nobody" else as_(people[who])
+    opened = []
+    for page in (*_pages(admin.site.get_urls()), *_pages(access_urls.urlpatterns, "account/")):
+        if "(" in page or page in WITHOUT_LOGIN or page == "account/logout/":
+            continue
+        response = getattr(client, method)(f"/admin/{page}")
+        away = response.status_code == 302 and "/login/" in response["Location"]
+        again = page == "account/code/" and response.status_code == 302
+        if not (away or again or response.status_code == 403):
+            opened.append(f"{page}: {response.status_code}")
+    assert not opened
 
 
 def test_what_is_not_in_the_table_is_denied(people: dict[str, User]) -> None:
