@@ -24,7 +24,7 @@ MAX_UNKNOWN = 20
 class KnownParameters(BaseFilterBackend):
     """Refuses a list whose address has a parameter that neither the pages nor the list's filters know."""
 
-    def filter_queryset(self, request: Request, queryset: QuerySet[Row], view: APIView) -> QuerySet[Row]:
+    def filter_queryset(self, request: Request, queryset: QuerySet[Any], view: APIView) -> QuerySet[Any]:
         if getattr(view, "detail", None) is False:
             filters = DjangoFilterBackend().get_filterset_class(view, queryset)
             known = COMMON | set(getattr(filters, "base_filters", ()))

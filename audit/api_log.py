@@ -79,7 +79,7 @@ class AuditLog(Door):
     ordering_fields = ("timestamp", "seq")
     lookup_value_regex = r"[0-9]{1,18}"
 
-    def filter_queryset(self, queryset: QuerySet[Entry]) -> QuerySet[Entry]:
+    def filter_queryset(self, queryset: QuerySet[Any]) -> QuerySet[Any]:
         self.asked = super().filter_queryset(queryset)
         return self.asked
 

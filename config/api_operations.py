@@ -92,7 +92,7 @@ class Stats(Door):
     words: ClassVar = {"show": "read"}
     serializer_class = StatsSerializer
     pagination_class = None
-    filter_backends: ClassVar[list[Any]] = []
+    filter_backends = ()
 
     @extend_schema(operation_id="admin_stats", responses=StatsSerializer)
     def show(self, request: Request, *args: Any, **kwargs: Any) -> Response:
@@ -130,7 +130,7 @@ class Logs(Door):
     words: ClassVar = {"show": "read"}
     serializer_class = LogsSerializer
     pagination_class = None
-    filter_backends: ClassVar[list[Any]] = []
+    filter_backends = ()
 
     @extend_schema(
         operation_id="admin_logs",

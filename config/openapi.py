@@ -34,7 +34,7 @@ STATUSES = {
 }
 
 
-class NamedSchema(AutoSchema):  # type: ignore[misc]
+class NamedSchema(AutoSchema):
     """Operations are named after the path and what the view calls them: `servers_test`, and not `servers_test_create`."""
 
     def get_operation_id(self) -> str:

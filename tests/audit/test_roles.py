@@ -277,7 +277,7 @@ def _written(pattern: Any) -> str:
 
 
 def _methods(pattern: Any, path: str) -> Iterator[tuple[str, str]]:
-    view = getattr(pattern.callback, "cls", None) or getattr(pattern.callback, "view_class", None)
+    view: Any = getattr(pattern.callback, "cls", None) or getattr(pattern.callback, "view_class", None)
     offered = getattr(pattern.callback, "actions", None) or [
         name for name in view.http_method_names if hasattr(view, name)
     ]

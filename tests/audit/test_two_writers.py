@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,13 +94,14 @@ def test_f40_counters_of_a_key_neither_conflict_nor_are_overwritten(owner: User)
 def test_every_object_has_an_etag_and_refuses_an_old_one(owner: User, what: str) -> None:
     client = as_(owner)
     server = add_server(client)["id"]
-    path, change = {
+    objects: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
         "servers": lambda: (f"servers/{server}", {"priority": 1}),
         "api-keys": lambda: (f"api-keys/{add_key(client)['id']}", {"weight": 2}),
         "model-routes": lambda: (f"model-routes/{route(client, server)}", {"strategy": "failover"}),
         "gateway-keys": lambda: (f"gateway-keys/{gateway_key(client)}", {"name": "other"}),
         "active": lambda: (active(client, server), {"model": "tiny"}),
-    }[what]()
+    }
+    path, change = objects[what]()
     seen = client.get(f"{V1}/{path}")["ETag"]
 
     first = client.patch(f"{V1}/{path}", change, headers={"If-Match": seen})
