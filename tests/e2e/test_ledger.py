@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 
@@ -148,7 +148,7 @@ def test_three_ledgers_agree_to_the_nano_dollar_after_a_hundred_kills() -> None:
 
 
 @pytest.fixture
-def small_spool(tmp_path: Any) -> Iterator[Callable[[Gateway], None]]:
+def small_spool() -> Iterator[Callable[[Gateway], None]]:
     """Gives a gateway that does not run yet a disk of its own for its spool, of one megabyte."""
     mounted: list[str] = []
 
@@ -181,11 +181,8 @@ def test_f26_on_a_full_disk_nobody_is_served_for_nothing_and_all_is_well_when_th
         ask = asking(gateway, key)
         with Callers(ask, count=CALLERS) as callers:
             wait(lambda: len(callers.heard) > 20, gateway.logs, seconds=20)
-            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
-            # Until a closed segment is drained it can make room again, which is then filled, too.
-            wait(lambda: _refused(callers, last=50) or _fill_up(ballast), gateway.logs, seconds=30)
+            # What the drainer empties makes room again, which is then filled, too.
+            wait(lambda: _fill_up(ballast) and _refused(callers, last=50), gateway.logs, seconds=30)
             asked = len(upstream.ledger.asked)
             refused = ask("while-full")
             assert (refused.status, refused.code) == (503, "usage_log_unavailable")
@@ -207,7 +204,9 @@ def _refused(callers: Callers, *, last: int) -> bool:
     return all(told.code == "usage_log_unavailable" for told in callers.tolds[-last:])
 
 
-def _fill_up(ballast: Any) -> None:
+def _fill_up(ballast: Path) -> bool:
+    """Write until there is no room for anything; always true."""
     with ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(512))
+    return True
