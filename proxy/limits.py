@@ -29,7 +29,7 @@ MEMBERS_PER_CALL = 500
 
 
 class Limits:
-    """The limits of all scopes, for one process. `workers` processes share them; no I/O before the first hold.
+    """The limits of all scopes, for one process. `workers` processes share them; no I/O before the first hold or sweep.
 
     redis_url: redis://, rediss:// or unix://; empty: this process alone. clock: monotonic seconds.
     lease_seconds: how long a dead process keeps its places.
@@ -76,7 +76,7 @@ class Limits:
         return Counted(self, scopes, f"{next(self._names)}:{member:.64}", tokens, alone)
 
     async def sweep(self) -> None:
-        """Once a second: try a Redis that was given up, renew what runs, hand in what is queued or owed."""
+        """Once a second: try a Redis that was given up or that nobody has asked, renew what runs, hand in what is queued or owed."""
         self._sweeps += 1
         if self._sweeps % FORGET_EVERY == 0:
             self._book.forget_idle(self.now())
@@ -93,6 +93,7 @@ class Limits:
             for start in range(0, len(members), MEMBERS_PER_CALL):
                 words: Words = (self._lease, *members[start : start + MEMBERS_PER_CALL])
                 link.send(call(KEEP, redis_key(name, "c"), words=words))
+        await link.look()
         await link.flush()
 
     async def close(self) -> None:

@@ -27,7 +27,8 @@ TIMEOUT = 0.05
 GRACE = 0.005
 """The end of TIMEOUT, begun again when the event loop was late: a busy process is not a silent Redis."""
 ERRORS_IN_A_ROW = 5
-REST_SECONDS = 5.0
+REST_SECONDS = 0.5
+"""At least, between two trials of a Redis that was given up. Less than a sweep, so that limits are shared again soon."""
 LINGER = 0.01
 """Seconds that what nobody waits for may wait for company: a write wakes Redis up, which costs more than what it says."""
 
@@ -106,6 +107,7 @@ class Link:
         self._clock = clock
         self._errors = 0
         self._tried = 0.0
+        self._asked = False
         self._heard = 0.0
         self._queue: list[Operation] = []
         self._undelivered: deque[Operation] = deque(maxlen=UNDELIVERED)
@@ -117,6 +119,7 @@ class Link:
 
     async def ask(self, operation: Operation) -> list[int]:
         """The numbers a script answers. Raises LinkFailed when Redis is silent for TIMEOUT."""
+        self._asked = True
         reply = await self._do(operation)
         if isinstance(reply, list) and all(type(item) is int for item in reply):
             return reply
@@ -152,20 +155,28 @@ class Link:
                 await self._do(Operation(("PING",)))
 
     async def recover(self) -> bool:
-        """Try an open breaker, at most every REST_SECONDS; whether Redis is back.
-
-        The trial is a write, since a replica and a full server still read.
-        """
+        """Try an open breaker, at most every REST_SECONDS; whether Redis is back."""
         if self._clock() - self._tried < REST_SECONDS:
             return False
         self._tried = self._clock()
         try:
-            await self._do(Operation(("SET", "penstock:limit:probe", 1, "PX", 1000)))
+            await self._try()
         except LinkFailed:
             return False
         self._errors, self.open = 0, False
         logger.warning("Redis is back, and keeps the limits again")
         return True
+
+    async def look(self) -> None:
+        """Try Redis, unless a request has done so since the last look: that it is away is known before somebody needs it."""
+        asked, self._asked = self._asked, False
+        if not asked:
+            with contextlib.suppress(LinkFailed):
+                await self._try()
+
+    async def _try(self) -> None:
+        """A write, since a replica and a full server still read."""
+        await self._do(Operation(("SET", "penstock:limit:probe", 1, "PX", 1000)))
 
     async def close(self) -> None:
         await self.flush()
@@ -329,6 +340,8 @@ class Link:
 
 def _has_written(operation: Operation, reply: object) -> bool:
     """Whether this proves that Redis takes writes: removing a member or refusing a request works on a full one, too."""
+    if reply == b"OK":  # of a SET
+        return True
     return isinstance(reply, list) and not (operation.script is HOLD and reply[:1] != [0])
 
 

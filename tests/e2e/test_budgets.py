@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.support import answers
+from tests.support.budgeted import books, give_budget, settled
 from tests.support.gateway import Gateway
 from tests.support.postgres import Postgres
 from tests.support.processes import descendants
@@ -29,25 +30,6 @@ TOKENS = 5
 """Of each answer, a nano-dollar each; the prompt is free."""
 BUDGET = 10 * TOKENS
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": TOKENS}
-
-GIVE = """
-import json
-from audit.changes import changes
-from providers.models import Provider
-from proxy.models import Budget, GatewayKey, ModelPrice
-from proxy.prices import add_override
-with changes(actor=None, via="command"):
-    for provider in Provider.objects.filter(slug="upstream"):
-        add_override(ModelPrice(model="*", prompt=0, completion=1_000_000), provider)
-    key = GatewayKey.objects.get(key_id=KEY_ID)
-    Budget.objects.create(gateway_key=key, amount=AMOUNT, window="total")
-"""
-
-
-def give_budget(gateway: Gateway, key: str, amount: int) -> None:
-    """A budget in nano-dollars for a key; until every worker has heard of it."""
-    gateway.shell(GIVE.replace("KEY_ID", repr(key[9:19])).replace("AMOUNT", str(amount)))
-    time.sleep(1.5)  # The promise is a second, for every worker; none can be asked alone.
 
 
 @contextmanager
@@ -63,11 +45,11 @@ def two_workers(
 
 
 async def ask_at_once(
-    gateway: Gateway, key: str, count: int, *, meanwhile: Callable[[], None] | None = None
+    gateway: Gateway, key: str, count: int, *, name: str = "", meanwhile: Callable[[], None] | None = None
 ) -> Counter[tuple[int, str]]:
-    """(status, code) of each of `count` requests that are sent together."""
+    """(status, code) of each of `count` requests that are sent together. name: their `x-request-id`, if they have one."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    headers = {"Authorization": f"Bearer {key}"}
+    headers = {"Authorization": f"Bearer {key}", **({"x-request-id": name} if name else {})}
     async with httpx.AsyncClient(base_url=gateway.url, headers=headers, limits=limits, timeout=60) as client:
 
         async def ask() -> tuple[int, str]:
@@ -78,30 +60,6 @@ async def ask_at_once(
         if meanwhile is not None:
             await asyncio.to_thread(meanwhile)
         return Counter(await asyncio.gather(*asked))
-
-
-BOOKS = """
-SELECT COALESCE((SELECT spent FROM proxy_budgetaccount), 0), COALESCE((SELECT held FROM proxy_budgetaccount), 0),
-       COALESCE(SUM(cost_nanodollars), 0), COUNT(*) FROM proxy_usagerecord
-"""
-
-
-def books(gateway: Gateway) -> tuple[int, int, int, int]:
-    """(spent, held, sum of the costs of all rows, number of rows), all of one moment."""
-    ((spent, held, cost, rows),) = query(gateway, BOOKS)
-    return int(spent), int(held), int(cost), int(rows)
-
-
-def settled(gateway: Gateway, rows: int, *, seconds: float = 40.0) -> tuple[int, int]:
-    """(spent, held) once there are so many rows and what is idle was given back."""
-    deadline = time.monotonic() + seconds
-    while True:
-        spent, held, cost, found = books(gateway)
-        assert spent == cost, "what was spent is not the sum of the rows"
-        if found == rows and held == 0:
-            return spent, held
-        assert time.monotonic() < deadline, (books(gateway), gateway.logs()[-3000:])
-        time.sleep(0.2)
 
 
 def test_r42_of_two_hundred_at_once_over_two_workers_ten_reach_the_upstream() -> None:
@@ -115,6 +73,28 @@ def test_r42_of_two_hundred_at_once_over_two_workers_ten_reach_the_upstream() ->
         rest = 10 - reached
         assert asyncio.run(ask_at_once(gateway, key, 20))[200, ""] == rest
         assert settled(gateway, 10) == (BUDGET, 0)
+
+
+def test_a_hundred_calls_of_one_name_are_a_hundred_rows_and_a_hundred_charges() -> None:
+    name = "the-same-for-all"
+    with (
+        Upstream(answers.ok(chunks=TOKENS)) as upstream,
+        two_workers(upstream, 100 * BUDGET) as (gateway, key),
+    ):
+        assert asyncio.run(ask_at_once(gateway, key, 100, name=name)) == {(200, ""): 100}
+        assert len(upstream.ledger.asked) == 100
+        deadline = time.monotonic() + 30
+        while books(gateway)[3] < 100:
+            assert time.monotonic() < deadline, books(gateway)
+            time.sleep(0.1)
+        spent, _, cost, _ = books(gateway)
+        assert spent == cost == 100 * TOKENS
+        ((ids, requests, cost),) = query(
+            gateway,
+            "SELECT COUNT(DISTINCT id), COUNT(*), MIN(cost_nanodollars) FROM proxy_usagerecord "
+            f"WHERE request_id = '{name}'",
+        )
+        assert (ids, requests, cost) == (100, 100, TOKENS)
 
 
 @pytest.mark.no_database

@@ -18,6 +18,7 @@ from proxy.candidates import Candidate
 from proxy.grants import IDLE_SECONDS, REST_SECONDS, Grants
 from proxy.pricing import Price, Rate
 from proxy.purses import NEVER, WINDOWS, Allowance, Purse, window_at
+from proxy.spool import Spool
 from tests.support import answers
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
@@ -293,6 +294,24 @@ def test_a_database_that_hangs_holds_no_request_for_long(shop: House) -> None:
     assert refusal(shop.ask(key=key)) == (503, "budget_unavailable")
     assert time.monotonic() - began < 1
     shop.books.hold_up.set()
+
+
+def test_f26_what_the_usage_log_has_no_room_for_is_refused_and_holds_nothing(
+    shop: House, upstream: Upstream
+) -> None:
+    key = budgeted(shop, 6400)
+    assert shop.ask(key=key, max_tokens=20).status_code == 200
+    room, shop.gateway.spool = shop.gateway.spool, Spool(shop.spool_dir / "full", max_bytes=0)
+    shop.gateway.spool.run()
+    assert refusal(shop.ask(key=key, max_tokens=20)) == (503, "usage_log_unavailable")
+    assert len(upstream.ledger.asked) == 1
+    (purse,) = purses(shop)
+    eventually(lambda: purse.reserved == 0)
+    assert purse.consumed == 5
+    shop.gateway.spool.close()
+    shop.gateway.spool = room
+    assert shop.ask(key=key, max_tokens=20).status_code == 200
+    eventually(lambda: purse.consumed == 10)
 
 
 def test_an_idle_grant_goes_back(shop: House) -> None:

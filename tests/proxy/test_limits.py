@@ -606,6 +606,24 @@ async def test_f19_without_a_redis_to_connect_to_requests_are_served(make: Any, 
     assert limits.local
 
 
+async def test_f19_a_redis_that_is_away_is_noticed_although_nobody_asks(make: Any) -> None:
+    limits = make("unix:///nowhere/at/all")
+    for _ in range(limits_redis.ERRORS_IN_A_ROW):
+        assert not limits.local
+        await limits.sweep()
+    assert limits.local
+
+
+async def test_failures_with_an_answer_between_them_do_not_add_up(make: Any, valkey: Valkey) -> None:
+    limits = make()
+    for _ in range(limits_redis.ERRORS_IN_A_ROW):
+        valkey.pause()
+        await limits.sweep()
+        valkey.resume()
+        await limits.sweep()
+        assert not limits.local
+
+
 async def test_f19_each_process_grants_its_share_and_the_count_goes_on(
     make: Any, valkey: Valkey, client: redis.Redis
 ) -> None:

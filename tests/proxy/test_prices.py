@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from proxy.models import ModelPrice, PriceList
 from proxy.models.prices import BEGINNING, PriceSource
 from proxy.price_source import FREE_KINDS, PACKAGE
 from proxy.snapshot import build
+from tests.support.processes import REPOSITORY
 
 pytestmark = pytest.mark.django_db
 Shelf = Callable[..., None]
@@ -105,6 +108,30 @@ def test_the_installed_list_is_taken_over_whole_with_one_entry() -> None:
         .exclude(vendor="openrouter")
         .exists()
     )
+
+
+WITHOUT_NETWORK = """
+import sys
+asked = []
+def note(event, args):
+    if event in {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname"}:
+        asked.append(event)
+sys.addaudithook(note)
+import django
+django.setup()
+import proxy.prices
+from proxy import price_source
+print(len(price_source.read()[1]) > 500, asked, [t.name for t in __import__("threading").enumerate()])
+"""
+
+
+def test_f47_neither_the_start_nor_reading_the_list_asks_the_network() -> None:
+    command = [sys.executable, "-c", WITHOUT_NETWORK]
+    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "config.settings"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout.splitlines()[-1:] == ["True [] ['MainThread']"], done.stderr
 
 
 def test_taking_it_over_again_changes_nothing() -> None:
