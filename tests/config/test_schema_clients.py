@@ -23,7 +23,7 @@ SCHEMA = Path(settings.BASE_DIR) / "openapi.yaml"
 
 
 def read() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(SCHEMA.read_text())
+    found: dict[str, Any] = yaml.load(SCHEMA.read_text(), yaml.CSafeLoader)
     return found
 
 
