@@ -49,6 +49,8 @@ TABLE: Final[Mapping[str, Mapping[Role, frozenset[str]]]] = MappingProxyType(
         "texts": {},
         "budgets": {Role.VIEWER: _READ, Role.OPERATOR: _READ, Role.MEMBER: _READ},
         "audit": {Role.OPERATOR: _READ},
+        "stats": {Role.VIEWER: _READ, Role.OPERATOR: _READ},
+        "logs": {},
         "key_stores": {},
         "allow_private": {},
         "users": {},

@@ -6,6 +6,7 @@ from django.urls import URLPattern, URLResolver, re_path
 from rest_framework.routers import Route, SimpleRouter
 
 from audit.api_tokens import ObtainToken, RefreshTokenView, RevokeToken
+from config.api_admin import Logs, Stats
 from config.api_health import HealthView
 from providers.api.active import Active
 from providers.api.api_keys import ApiKeys
@@ -53,6 +54,8 @@ router.register("budgets", Budgets, basename="budget")
 router.register("gateway-keys", GatewayKeys, basename="gateway-key")
 router.register("owner-limits", OwnersLimits, basename="owner-limits")
 router.register("usage", Usage, basename="usage")
+router.register("admin/stats", Stats, basename="admin-stats")
+router.register("admin/logs", Logs, basename="admin-logs")
 active_router = ActiveRouter()
 active_router.register("active", Active, basename="active")
 

@@ -91,6 +91,8 @@ MATRIX: list[tuple[str, str, str]] = [
     ("get", "usage", "m" + READ),
     ("get", "usage/summary", "m" + READ),
     ("get", "usage/{usage}", "m" + READ),
+    ("get", "admin/stats", READ),
+    ("get", "admin/logs", ADMIN),
 ]
 RECORD = "01990000-0000-7000-8000-000000000001"
 LETTERS = {"member": "m", "viewer": "v", "operator": "O", "administrator": "A", "superuser": "S"}
