@@ -6,7 +6,8 @@ import time
 from typing import Any, ClassVar
 
 from django.conf import settings
-from drf_spectacular.utils import extend_schema, extend_schema_field
+from drf_spectacular.helpers import forced_singular_serializer
+from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -70,7 +71,7 @@ class Stats(Door):
     pagination_class = None
     filter_backends: ClassVar[list[Any]] = []
 
-    @extend_schema(responses=StatsSerializer)
+    @extend_schema(responses=forced_singular_serializer(StatsSerializer))
     def list(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         return Response(stats(*GATEWAY.traffic.read()))
 
@@ -112,18 +113,16 @@ class LogsQuery(KnownFields):
     level = serializers.ChoiceField(
         [(name, name) for name in log_files.LEVELS], default="", help_text="This and what is graver."
     )
-    request_id = serializers.RegexField(WELL_FORMED.pattern + r"\Z", default="", max_length=128)
+    request_id = serializers.RegexField(rf"\A{WELL_FORMED.pattern}\Z", default="", trim_whitespace=False)
     since = MomentField(default=None, help_text="A date, or a time (UTC where it has no offset).")
     limit = serializers.IntegerField(default=50, min_value=1, max_value=1000)
 
 
-@extend_schema_field({"type": "object", "additionalProperties": True})
-class LineField(serializers.DictField):
-    """timestamp, level, logger, message, program, and what else the line says."""
-
-
 class LogsSerializer(serializers.Serializer[Any]):
-    logs = LineField(child=serializers.JSONField())
+    logs = serializers.ListField(
+        child=serializers.DictField(),
+        help_text="timestamp, level, logger, message, program, and what else a line says.",
+    )
     total = serializers.IntegerField(help_text="How many lines this answer has.")
     truncated = serializers.BooleanField(
         help_text="Whether there may be more that was not looked for: 16 MiB of files, 4 MiB of answer."
@@ -138,7 +137,7 @@ class Logs(Door):
     pagination_class = None
     filter_backends: ClassVar[list[Any]] = []
 
-    @extend_schema(parameters=[LogsQuery], responses=LogsSerializer)
+    @extend_schema(parameters=[LogsQuery], responses=forced_singular_serializer(LogsSerializer))
     def list(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         query = LogsQuery(data=request.query_params.dict())
         query.is_valid(raise_exception=True)

@@ -121,12 +121,14 @@ class Found:
 
 @dataclass(slots=True)
 class _Budget:
-    left: int = MOST_READ
+    """Bytes that may still be read."""
+
+    left: int
 
 
 def newest(folder: Path, wanted: Wanted) -> Found:
     """The lines of all programs that are asked for, in the order of their times."""
-    budget, lines, size = _Budget(), [], 0
+    budget, lines, size = _Budget(MOST_READ), [], 0
     programs = (_entries(folder, program, wanted, budget) for program in PROGRAMS)
     for _, line in heapq.merge(*programs, key=lambda pair: pair[0], reverse=True):
         size += len(orjson.dumps(line))

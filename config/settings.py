@@ -35,7 +35,7 @@ DATA_DIR = Path(env.text("DATA_DIR", str(BASE_DIR / "var"))).absolute()
 _log_dir = env.text("LOG_DIR")
 LOG_DIR = Path(_log_dir or DATA_DIR / "logs").absolute()
 # Under `make run` supervisord keeps what the programs write; without a folder that was asked for, nobody does.
-_LOGS_ARE_KEPT = not _log_dir or "PENSTOCK_RUN_LOGS" in os.environ
+_kept_elsewhere = not _log_dir or "PENSTOCK_RUN_LOGS" in os.environ
 SPOOL_DIR = DATA_DIR / "spool"
 WEB_CONCURRENCY = env.whole("WEB_CONCURRENCY", 1, least=1, most=64)
 DEBUG = env.flag("DEBUG", False)
@@ -471,7 +471,7 @@ LOG_FORMAT = env.choice("LOG_FORMAT", "auto", "auto", "json", "console")
 LOGGING = logs.configuration(
     level=LOG_LEVEL,
     style=("console" if sys.stderr.isatty() else "json") if LOG_FORMAT == "auto" else LOG_FORMAT,
-    file="" if _LOGS_ARE_KEPT else str(LOG_DIR / "penstock.log"),
+    file="" if _kept_elsewhere else str(LOG_DIR / "penstock.log"),
 )
 DEFAULT_EXCEPTION_REPORTER_FILTER = "django.views.debug.SafeExceptionReporterFilter"
 
