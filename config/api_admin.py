@@ -48,9 +48,8 @@ class RecentRequestSerializer(serializers.Serializer[Any]):
 class StatsSerializer(serializers.Serializer[Any]):
     uptime_seconds = serializers.FloatField(help_text="Of the process that answers.")
     since = serializers.FloatField(help_text="From when on requests are counted, in seconds since 1970.")
-    source = serializers.ChoiceField(
-        ("shared", "process"),
-        help_text="`shared`: all processes together, since yesterday at the earliest. `process`: the one that answers, because there is no Redis.",
+    shared = serializers.BooleanField(
+        help_text="Whether all processes are counted, since yesterday at the earliest; else the one that answers, for want of Redis."
     )
     total_requests = serializers.IntegerField()
     total_errors = serializers.IntegerField()
@@ -82,7 +81,7 @@ def stats(counts: Counts, shared: bool) -> dict[str, Any]:
     return {
         "uptime_seconds": uptime_seconds(),
         "since": round(min(counts.since, time.time()), 3),
-        "source": "shared" if shared else "process",
+        "shared": shared,
         "total_requests": total.count,
         "total_errors": total.errors,
         "error_rate": round(100 * total.errors / total.count, 2) if total.count else 0.0,
@@ -111,10 +110,10 @@ def _average(row: Row) -> float:
 
 class LogsQuery(KnownFields):
     level = serializers.ChoiceField(
-        [(name, name) for name in log_files.LEVELS], default="", help_text="This and what is graver."
+        [(name, name) for name in log_files.LEVELS], required=False, help_text="This and what is graver."
     )
-    request_id = serializers.RegexField(rf"\A{WELL_FORMED.pattern}\Z", default="", trim_whitespace=False)
-    since = MomentField(default=None, help_text="A date, or a time (UTC where it has no offset).")
+    request_id = serializers.RegexField(rf"\A{WELL_FORMED.pattern}\Z", required=False, trim_whitespace=False)
+    since = MomentField(required=False, help_text="A date, or a time (UTC where it has no offset).")
     limit = serializers.IntegerField(default=50, min_value=1, max_value=1000)
 
 

@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 
 from proxy.traffic import BOUNDS_MS, MOST_LABELS, MOST_RECENT, Counts, Row, Traffic, counted
 from proxy.traffic_store import PREFIX, RECENT
-from tests.support import answers
+from tests.support import faults
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
@@ -74,12 +74,15 @@ def test_the_data_plane_counts_its_requests_with_the_name_of_their_key(pair: Hou
 
 
 def test_a_stream_that_broke_counts_as_an_error_although_it_began_with_200(house: House) -> None:
-    with Upstream(answers.ok(chunks=5, broken_after=2) if False else answers.ok()) as upstream:
+    with Upstream(faults.reset_after(2)) as upstream:
         number = house.provide("first", f"{upstream.url}/v1", models=("tiny",))
         house.activate((number, "tiny"))
         assert ask(house, stream=True).status_code == 200
+
         counts, _ = house.gateway.traffic.read()
-        assert counts.statuses == {200: 1}
+
+    assert counts.rows["POST /v1/chat/completions"].errors == 1
+    assert counts.statuses == {502: 1}
 
 
 def test_labels_and_metrics_do_not_grow_by_what_callers_write(pair: House) -> None:
