@@ -128,7 +128,8 @@ class _Budget:
 
 def newest(folder: Path, wanted: Wanted) -> Found:
     """The lines of all programs that are asked for, in the order of their times."""
-    budget, lines, size = _Budget(MOST_READ), [], 0
+    budget, size = _Budget(MOST_READ), 0
+    lines: list[dict[str, Any]] = []
     programs = (_entries(folder, program, wanted, budget) for program in PROGRAMS)
     for _, line in heapq.merge(*programs, key=lambda pair: pair[0], reverse=True):
         size += len(orjson.dumps(line))

@@ -18,6 +18,8 @@ from tests.support.processes import descendants
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
+pytestmark = pytest.mark.no_database
+
 REQUESTS = 40
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
