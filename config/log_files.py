@@ -79,8 +79,8 @@ class SharedFile(logging.Handler):
         lock = os.open(f"{self._path}.lock", os.O_WRONLY | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._path.stat().st_size + wanted <= self._max_bytes:
-                return  # Another process has just done it.
+            if not self._path.exists() or self._path.stat().st_size + wanted <= self._max_bytes:
+                return  # Another process has just done it, and maybe nobody has written since.
             for number in range(self._backups, 0, -1):
                 older, newer = f"{self._path}.{number}", f"{self._path}.{number - 1}"
                 with contextlib.suppress(FileNotFoundError):

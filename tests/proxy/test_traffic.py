@@ -107,7 +107,7 @@ def test_labels_and_metrics_do_not_grow_by_what_callers_write(pair: House) -> No
         ask(pair, provider_id=word)
         ask(pair, key=f"pen_live_{word}")
         ask(pair, stream=word)
-        httpx.request(f"BREW{word}", f"{pair.url}/v1/chat/completions", headers={"x-api-key": pair.key})
+        httpx.request("PROPFIND", f"{pair.url}/v1/chat/completions", headers={"x-api-key": pair.key})
         httpx.post(f"{pair.url}/v1/{word}", headers={"x-api-key": pair.key})
         httpx.get(f"{pair.url}/v1/models/{word}", headers={"x-api-key": pair.key, "x-request-id": word})
 
