@@ -15,7 +15,7 @@ from rest_framework.response import Response
 from audit.api_views import Door, KnownFields
 from audit.request_ids import WELL_FORMED
 from config import log_files
-from config.api_health import uptime_seconds
+from config.api_health import uptime
 from config.logs import redact
 from proxy.api.usage import MomentField
 from proxy.gateway import GATEWAY
@@ -84,7 +84,7 @@ def stats(counts: Counts, shared: bool) -> dict[str, Any]:
     """The answer of `admin/stats`, and what the admin's page shows."""
     total = counts.total()
     return {
-        "uptime_seconds": uptime_seconds(),
+        "uptime_seconds": uptime(),
         "since": round(min(counts.since, time.time()), 3),
         "shared": shared,
         "total_requests": total.count,

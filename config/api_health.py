@@ -45,7 +45,7 @@ class HealthView(OpenView):
             "status": "ok" if database_answers() else "degraded",
             "timestamp": timezone.now(),
             "version": settings.VERSION,
-            "uptime_seconds": uptime_seconds(),
+            "uptime_seconds": uptime(),
         }
         return Response(HealthSerializer(health).data)
 
@@ -57,8 +57,8 @@ class PingView(OpenView):
         return Response({"status": "ok"})
 
 
-def uptime_seconds() -> float:
-    """Of this process."""
+def uptime() -> float:
+    """Seconds since this process started."""
     return round(time.monotonic() - _started, 3)
 
 

@@ -39,9 +39,9 @@ class RequestCounts:
 
 @functools.lru_cache(maxsize=1024)
 def pattern_of(route: str) -> str:
-    """`/api/v1/servers/{pk}` for Django's `api/v1/^servers/(?P<pk>[^/.]+)/?$`. All mounts of the API count as one."""
+    """`/api/v1/servers/{id}` for Django's `api/v1/^servers/(?P<pk>[^/.]+)/?$`. All mounts of the API count as one."""
     text = CONVERTER.sub(r"{\1}", NAMED_GROUP.sub(r"{\1}", route))
-    text = re.sub(r"/\?$", "", re.sub(r"[\^$]", "", text)).replace("\\", "")
+    text = re.sub(r"/\?$", "", re.sub(r"[\^$]", "", text)).replace("\\", "").replace("{pk}", "{id}")
     if "(" in text:
         return OTHER
     return MOUNT.sub("/api/v1/", f"/{text}".rstrip("/") or "/")

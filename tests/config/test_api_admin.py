@@ -58,7 +58,7 @@ def test_stats_count_requests_by_the_pattern_of_their_path_and_all_mounts_as_one
 
     servers = stats["endpoints"]["GET /api/v1/servers"]
     assert (servers["count"], servers["error_count"]) == (4, 1)
-    assert stats["endpoints"]["GET /api/v1/servers/{pk}"]["error_count"] == 1
+    assert stats["endpoints"]["GET /api/v1/servers/{id}"]["error_count"] == 1
     assert (stats["total_requests"], stats["total_errors"], stats["error_rate"]) == (5, 2, 40.0)
     assert stats["status_codes"] == {"200": 3, "401": 1, "404": 1}
     assert stats["shared"] is False
