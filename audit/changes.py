@@ -16,6 +16,7 @@ from django.utils import timezone
 from audit import chain
 from audit.diff import difference
 from audit.models import Entry, Head
+from audit.request_ids import REQUEST_ID
 
 Via = Literal["admin", "api", "task", "command", "system", "restore"]
 
@@ -128,7 +129,7 @@ def changes(
             username=actor.get_username() if actor else "",
             via=via,
             ip=ip,
-            request_id=request_id,
+            request_id=request_id or REQUEST_ID.get(),
             head=_locked_head(),
         )
         token = _current.set(change)

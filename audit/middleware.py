@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import logging
-import random
-import re
 from collections.abc import Callable
 
-import structlog
 from django.db import OperationalError
 from django.http import HttpRequest, HttpResponse
 
 from audit.api_errors import problem_of, unavailable
 from audit.postgres import SERVER
+from audit.request_ids import request_id_from, within
 
 logger = logging.getLogger(__name__)
-
-WELL_FORMED = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-
-def request_id_from(given: str | None) -> str:
-    """The caller's id when it is 1-128 letters, digits or `._:-`, else a fresh one; also for a key in its place, for ids are kept."""
-    if given and WELL_FORMED.fullmatch(given) and not given.startswith("pen_"):
-        return given
-    return f"{random.getrandbits(128):032x}"  # It opens nothing, and the kernel is slow to ask.
 
 
 class RequestIdMiddleware:
@@ -34,7 +23,7 @@ class RequestIdMiddleware:
 
     def __call__(self, request: HttpRequest) -> HttpResponse:
         request.request_id = request_id_from(request.headers.get("x-request-id"))  # type: ignore[attr-defined]
-        with structlog.contextvars.bound_contextvars(request_id=request.request_id):  # type: ignore[attr-defined]
+        with within(request.request_id):  # type: ignore[attr-defined]
             response = self.get_response(request)
         response["x-request-id"] = request.request_id  # type: ignore[attr-defined]
         if not response.has_header("Cache-Control"):

@@ -7,8 +7,8 @@ from rest_framework.routers import Route, SimpleRouter
 
 from audit.api_log import AuditLog
 from audit.api_tokens import ObtainToken, RefreshTokenView, RevokeToken
+from config.api_admin import Logs, Stats
 from config.api_health import HealthView
-from config.api_operations import Logs, Stats
 from providers.api.active import Active
 from providers.api.api_keys import ApiKeys
 from providers.api.views import Servers, VendorsAndServers
@@ -57,13 +57,13 @@ router.register("gateway-keys", GatewayKeys, basename="gateway-key")
 router.register("audit", AuditLog, basename="audit")
 router.register("owner-limits", OwnersLimits, basename="owner-limits")
 router.register("usage", Usage, basename="usage")
+router.register("admin/stats", Stats, basename="admin-stats")
+router.register("admin/logs", Logs, basename="admin-logs")
 active_router = ActiveRouter()
 active_router.register("active", Active, basename="active")
 
 urlpatterns: list[URLPattern | URLResolver] = [
     re_path(r"^health/?$", HealthView.as_view(), name="health"),
-    re_path(r"^admin/stats/?$", Stats.as_view({"get": "show"}), name="stats"),
-    re_path(r"^admin/logs/?$", Logs.as_view({"get": "show"}), name="logs"),
     re_path(r"^auth/token/?$", ObtainToken.as_view(), name="token"),
     re_path(r"^auth/token/refresh/?$", RefreshTokenView.as_view(), name="token-refresh"),
     re_path(r"^auth/token/revoke/?$", RevokeToken.as_view(), name="token-revoke"),

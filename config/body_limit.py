@@ -9,7 +9,7 @@ from typing import Any
 from django.conf import settings
 
 from audit.api_errors import Problem
-from audit.middleware import request_id_from
+from audit.request_ids import request_id_from
 
 Scope = dict[str, Any]
 Message = dict[str, Any]

@@ -7,7 +7,17 @@ import sys
 from typing import Any
 
 from celery import Celery
-from celery.signals import beat_init, setup_logging, worker_init, worker_process_init
+from celery.signals import (
+    beat_init,
+    before_task_publish,
+    setup_logging,
+    task_postrun,
+    task_prerun,
+    worker_init,
+    worker_process_init,
+)
+
+from audit.request_ids import REQUEST_ID, request_id_from
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
@@ -19,6 +29,28 @@ app.autodiscover_tasks()
 @setup_logging.connect
 def keep_our_logging(**kwargs: Any) -> None:
     """Celery would set up logging of its own; ours is in settings and redacts."""
+
+
+REQUEST_ID_HEADER = "penstock_request_id"
+
+
+@before_task_publish.connect
+def hand_on_request_id(headers: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    """A task that a request starts belongs to that request."""
+    if headers is not None and (request_id := REQUEST_ID.get()):
+        headers[REQUEST_ID_HEADER] = request_id
+
+
+@task_prerun.connect
+def take_request_id(task_id: str, task: Any, **kwargs: Any) -> None:
+    """Its log lines and audit entries have the id of the request, or the task's own. A message is not trusted to be ours (R56)."""
+    given = task.request.get(REQUEST_ID_HEADER) or (task.request.headers or {}).get(REQUEST_ID_HEADER)
+    REQUEST_ID.set(request_id_from(given if isinstance(given, str) else task_id))
+
+
+@task_postrun.connect
+def forget_request_id(**kwargs: Any) -> None:
+    REQUEST_ID.set("")
 
 
 @worker_init.connect

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 SHOWN_FIRST = ("timestamp", "level", "message", "event", "logger")
-QUIET = ("celery.", "audit.tasks", "audit.api_counts")
-"""Loggers whose everyday lines stay in the file: a queue that is well, the audit log's anchor of every minute, and the API's requests."""
+QUIET = ("celery.", "audit.tasks")
+"""Loggers whose everyday lines stay in the file: a queue that is well, and the audit log's anchor of every minute."""
 EVERYDAY = ("debug", "info")
 CHUNK = 64 * 1024
 

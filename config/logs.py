@@ -14,6 +14,8 @@ from typing import Any
 import orjson
 import structlog
 
+from audit.request_ids import REQUEST_ID
+
 MAX_TEXT = 8192
 DOTS = "••••"
 
@@ -64,17 +66,24 @@ def redact_event(logger: Any, method: str, event: MutableMapping[str, Any]) -> M
     return event
 
 
+def add_request_id(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The structlog processor that says to which request or task a line belongs."""
+    if request_id := REQUEST_ID.get():
+        event.setdefault("request_id", request_id)
+    return event
+
+
 def _to_json(value: Any, **_: Any) -> str:
     return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
-def configuration(*, level: str, style: str) -> dict[str, Any]:
+def configuration(*, level: str, style: str, file: str = "") -> dict[str, Any]:
     """The dictionary for logging.config: everything through structlog's formatter, to standard error.
 
-    style: "json" or "console".
+    style: "json" or "console". file: JSON lines go there, too (config.log_files).
     """
     shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
+        add_request_id,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.PositionalArgumentsFormatter(),
@@ -85,10 +94,9 @@ def configuration(*, level: str, style: str) -> dict[str, Any]:
         structlog.processors.format_exc_info,
         structlog.processors.UnicodeDecoder(),
     ]
-    last: Any = (
-        structlog.processors.JSONRenderer(serializer=_to_json)
-        if style == "json"
-        else structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)
+    as_json = structlog.processors.JSONRenderer(serializer=_to_json)
+    last = (
+        as_json if style == "json" else _console(structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0))
     )
     structlog.configure(
         processors=[*shared[:2], *shared[3:4], structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -96,23 +104,15 @@ def configuration(*, level: str, style: str) -> dict[str, Any]:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+    handlers: dict[str, Any] = {"stderr": {"class": "logging.StreamHandler", "formatter": "penstock"}}
+    if file:
+        handlers["file"] = {"class": "config.log_files.SharedFile", "path": file, "formatter": "file"}
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {
-            "penstock": {
-                "()": structlog.stdlib.ProcessorFormatter,
-                "processors": [
-                    structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                    structlog.processors.EventRenamer("message"),
-                    redact_event,
-                    last if style == "json" else _console(last),
-                ],
-                "foreign_pre_chain": shared,
-            }
-        },
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "penstock"}},
-        "root": {"handlers": ["stderr"], "level": level},
+        "formatters": {"penstock": _formatter(shared, last), "file": _formatter(shared, as_json)},
+        "handlers": handlers,
+        "root": {"handlers": [*handlers], "level": level},
         "loggers": {
             # Django's own handler for DEBUG would say everything twice.
             "django": {"handlers": []},
@@ -133,6 +133,19 @@ def configuration(*, level: str, style: str) -> dict[str, Any]:
             "psycopg.pool": {"level": "ERROR"},
             "django.utils.autoreload": {"level": "WARNING"},
         },
+    }
+
+
+def _formatter(shared: list[Any], last: Any) -> dict[str, Any]:
+    return {
+        "()": structlog.stdlib.ProcessorFormatter,
+        "processors": [
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.EventRenamer("message"),
+            redact_event,
+            last,
+        ],
+        "foreign_pre_chain": shared,
     }
 
 

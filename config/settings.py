@@ -32,7 +32,10 @@ HTTPS = _public.scheme == "https"
 _LOOPBACK = HOST in {"127.0.0.1", "::1", "localhost"}
 ALLOW_INSECURE_HTTP = env.flag("ALLOW_INSECURE_HTTP", False)
 DATA_DIR = Path(env.text("DATA_DIR", str(BASE_DIR / "var"))).absolute()
-LOG_DIR = Path(env.text("LOG_DIR", str(DATA_DIR / "logs"))).absolute()
+_log_dir = env.text("LOG_DIR")
+LOG_DIR = Path(_log_dir or DATA_DIR / "logs").absolute()
+# Under `make run` supervisord keeps what the programs write; without a folder that was asked for, nobody does.
+_kept_elsewhere = not _log_dir or "PENSTOCK_RUN_LOGS" in os.environ
 SPOOL_DIR = DATA_DIR / "spool"
 BACKUP_FILE = Path(env.text("BACKUP_FILE", str(DATA_DIR / "backups" / "config_backup.json"))).absolute()
 BACKUP_KEEP = env.whole("BACKUP_KEEP", 14, least=0, most=10_000)
@@ -128,7 +131,7 @@ INSTALLED_APPS = [
 
 MIDDLEWARE = [
     "audit.middleware.RequestIdMiddleware",
-    "audit.api_counts.CountingMiddleware",
+    "config.request_counts.RequestCounts",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "config.csp.ContentSecurityPolicy",
@@ -543,6 +546,7 @@ LOG_FORMAT = env.choice("LOG_FORMAT", "auto", "auto", "json", "console")
 LOGGING = logs.configuration(
     level=LOG_LEVEL,
     style=("console" if sys.stderr.isatty() else "json") if LOG_FORMAT == "auto" else LOG_FORMAT,
+    file="" if _kept_elsewhere else str(LOG_DIR / "penstock.log"),
 )
 DEFAULT_EXCEPTION_REPORTER_FILTER = "django.views.debug.SafeExceptionReporterFilter"
 

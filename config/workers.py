@@ -26,8 +26,16 @@ class Workers:
     leaves its workers listening when it is killed.
     """
 
-    def __init__(self, work: Callable[[], None], *, count: int, sock: socket.socket) -> None:
-        self._work, self._count, self._sock = work, count, sock
+    def __init__(
+        self,
+        work: Callable[[], None],
+        *,
+        count: int,
+        sock: socket.socket,
+        ended: Callable[[int], None] = lambda pid: None,
+    ) -> None:
+        """ended: told the process id of each worker that is no more."""
+        self._work, self._count, self._sock, self._ended = work, count, sock, ended
         self._pids: set[int] = set()
         self._stopping = False
 
@@ -40,6 +48,7 @@ class Workers:
         while self._pids:
             pid, status = os.wait()
             self._pids.discard(pid)
+            self._ended(pid)
             if os.waitstatus_to_exitcode(status) == STARTUP_FAILURE and not self._stopping:
                 code = STARTUP_FAILURE
                 self._stop()

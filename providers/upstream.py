@@ -48,8 +48,11 @@ async def stream(
     *,
     credential: Credential | None,
     dial: Dial | None = None,
+    request_id: str = "",
 ) -> Reply:
     """Dial, send, and wait for the head of the answer, for as long as the caller lets it. dial: is told how it went.
+
+    request_id: is sent as `x-request-id`, for the upstream's own log.
 
     Judges nothing but redirects, compressed answers and what is not HTTP. Raises from `providers.errors`.
     """
@@ -58,6 +61,8 @@ async def stream(
         return LocalReply(kind.local(request))
     policy = await _policy(endpoint, kind, request)
     headers, secret = await _sealed_up(endpoint, kind, request, credential)
+    if request_id:
+        headers.setdefault("x-request-id", request_id)
     try:
         response = await _dial(sessions, endpoint, policy, request, headers, dial or Dial())
     except (aiohttp.ClientError, OSError, errors.ProviderError, ssl.SSLError) as error:

@@ -26,6 +26,7 @@ from proxy.limits import Limits
 from proxy.overload import Overload
 from proxy.spool import Spool
 from proxy.strategies import ROUTES
+from proxy.traffic import Traffic
 from proxy.watcher import WATCHER, Watcher
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Gateway:
     """watcher: configuration and weather. sessions: connections to providers. spool: the usage log on disk.
 
-    breakers, cache, cooldowns, retries, routes, limits, grants, registry: as their modules say.
+    breakers, cache, cooldowns, retries, routes, limits, grants, registry, traffic: as their modules say.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Gateway:
         self.watcher = watcher
         self.registry = registry
         self._spool_dir, self._redis_url, self._workers = spool_dir, redis_url, workers
-        self._sweeper: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
         self._make()
 
     def _make(self) -> None:
@@ -56,6 +57,7 @@ class Gateway:
         self.cooldowns = Cooldowns()
         self.grapevine = Grapevine(self._redis_url)
         self.heard = Hearsay()
+        self.traffic = Traffic(self._redis_url)
         self.overload = Overload(
             most_running=settings.MAX_RUNNING_REQUESTS, memory_limit=settings.MEMORY_LIMIT_BYTES
         )
@@ -89,19 +91,20 @@ class Gateway:
         self.watcher.on_change = functools.partial(
             loop.call_soon_threadsafe, self.registry.sweep, self._is_good
         )
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._chores = [asyncio.create_task(self._sweep()), asyncio.create_task(self._publish())]
 
     async def stop(self) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for chore in self._chores:
+            chore.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._sweeper
+                await chore
         self.watcher.on_change = lambda: None
         await self.sessions.close()
         await self.limits.close()
         await asyncio.to_thread(self.watcher.stop)
         self.watcher.swap, self.watcher.opened = lambda: None, dict
         self.grapevine.close()
+        await asyncio.to_thread(self.traffic.close)
         await self.grants.close()
         await asyncio.to_thread(self.spool.close)
 
@@ -117,6 +120,15 @@ class Gateway:
                 metrics.weather(self)
             except Exception:
                 logger.exception("the sweep failed")
+
+    async def _publish(self) -> None:
+        """Once a second, in a thread that nobody waits for: count what was answered."""
+        while True:
+            await asyncio.sleep(1)
+            try:
+                await asyncio.to_thread(self.traffic.publish)
+            except Exception:
+                logger.exception("requests were not counted")
 
     def _is_good(self, caller: Caller) -> bool:
         return self.watcher.snapshot.caller_is_good(caller, time.time())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 
 from providers.wire import Usage
 
@@ -91,3 +92,12 @@ def weather(gateway: Gateway) -> None:
     CIRCUITS_OPEN.set(len(gateway.breakers.open()))
     PRICE_LIST_BROKEN.set(gateway.watcher.snapshot.price_list_broken)
     BUDGETS_WARNED.set(gateway.watcher.weather.budgets_warned)
+
+
+def registry() -> CollectorRegistry:
+    """What all workers of this server counted, where there are several; else what this process did."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return REGISTRY
+    shared = CollectorRegistry()
+    multiprocess.MultiProcessCollector(shared)  # type: ignore[no-untyped-call]  # it has no types
+    return shared

@@ -33,7 +33,7 @@ from proxy.snapshot import Snapshot
 class Request(Protocol):
     """What the pipeline needs of a transport. `left` watches for the caller's leaving while its block runs.
 
-    resume: whether a broken stream is to be gone on with, where the request says so.
+    resume: whether a broken stream is to be gone on with, where the request says so. key_name: set once the caller is known.
     """
 
     id: str
@@ -41,6 +41,7 @@ class Request(Protocol):
     address: str
     length: int
     resume: bool | None
+    key_name: str
 
     async def body(self) -> bytes: ...
     def left(self, running: Running) -> AbstractAsyncContextManager[None]: ...
@@ -87,6 +88,7 @@ def admit(gateway: Gateway, request: Request) -> Caller:
         if watcher.fresh or not auth.well_formed(key):
             raise
         raise ConfigurationUnavailable from None
+    request.key_name = caller.name
     auth.check_address(caller, request.address)
     return caller
 

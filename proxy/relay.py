@@ -220,7 +220,12 @@ async def _dial(gateway: Gateway, attempt: Attempt, body: Mapping[str, Any]) -> 
     endpoint = candidate.upstream.endpoint
     request = _chat(candidate).request(endpoint, body, candidate.model, attempt.call.chat.stream)
     return await upstream.stream(
-        gateway.sessions, endpoint, request, credential=candidate.credential, dial=attempt.dial
+        gateway.sessions,
+        endpoint,
+        request,
+        credential=candidate.credential,
+        dial=attempt.dial,
+        request_id=attempt.call.running.request_id,
     )
 
 

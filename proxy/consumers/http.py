@@ -10,14 +10,14 @@ import asyncio
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import structlog
 from channels.consumer import AsyncConsumer
 from django.conf import settings
 
-from audit.middleware import request_id_from
+from audit.request_ids import REQUEST_ID, request_id_from
 from providers.errors import ProviderError
 from proxy import metrics, pipeline, selection
 from proxy.attempts import Attempt
@@ -35,6 +35,7 @@ from proxy.errors import (
 )
 from proxy.gateway import Gateway
 from proxy.inflight import Running
+from proxy.traffic import CLIENT_LEFT
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ ALWAYS = (
 
 class HttpRequest:
     """An HTTP request for the pipeline."""
+
+    key_name = ""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._receive = receive
@@ -134,7 +137,9 @@ class Leaving:
 
 
 class HttpSink:
-    """An HTTP answer: a JSON body, or events."""
+    """An HTTP answer: a JSON body, or events. status: what the caller was told; of a stream that broke, that of its error."""
+
+    status = CLIENT_LEFT
 
     def __init__(self, scope: Scope, send: Send, request_id: str) -> None:
         self._send = send
@@ -178,6 +183,7 @@ class HttpSink:
     async def fail(self, error: GatewayError | ProviderError) -> None:
         """Tell what went wrong: as a status while nothing was sent, else as the stream's one and last error event."""
         if self.begun and self._streams:
+            self.status = error.status
             event = openai.error_event(error.status, error.code, error.text, self._request_id)
             # The server closes the connection after this (config.connection).
             self._state["close"] = True
@@ -189,16 +195,18 @@ class HttpSink:
 
     async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.begun = True
+        self.status = status
         await self._send(
             {"type": "http.response.start", "status": status, "headers": [*headers, *self._shared]}
         )
 
 
 class DataPlaneConsumer(AsyncConsumer):
-    """One request from beginning to end; `serve` is what a path does."""
+    """One request from beginning to end; `serve` is what a path does, `route` what it is counted under."""
 
     gateway: Gateway
     method = "POST"
+    route = "/v1/..."
 
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
@@ -209,6 +217,9 @@ class DataPlaneConsumer(AsyncConsumer):
         if scope["method"] == "OPTIONS":
             await sink.answer(b"", 204, preflight(scope))
             return
+        began = time.monotonic()
+        # A request has a task of its own, so what is bound here is said of its lines and of no others.
+        REQUEST_ID.set(request.id)
         try:
             if scope["method"] not in {self.method, "HEAD" if self.method == "GET" else ""}:
                 raise MethodNotAllowed
@@ -216,9 +227,12 @@ class DataPlaneConsumer(AsyncConsumer):
         except (GatewayError, ProviderError) as error:
             await sink.fail(error)
         except Exception:
-            with structlog.contextvars.bound_contextvars(request_id=request.id):
-                logger.exception("a request failed inside the gateway")
+            logger.exception("a request failed inside the gateway")
             await sink.fail(GatewayError())
+        finally:
+            self.gateway.traffic.note(
+                self.route, scope["method"], sink.status, began, request.id, gateway_key=request.key_name
+            )
 
     async def serve(self, scope: Scope, request: HttpRequest, sink: HttpSink) -> None:
         raise NotFound
@@ -226,6 +240,8 @@ class DataPlaneConsumer(AsyncConsumer):
 
 class ChatConsumer(DataPlaneConsumer):
     """POST /v1/chat/completions"""
+
+    route = "/v1/chat/completions"
 
     async def serve(self, scope: Scope, request: HttpRequest, sink: HttpSink) -> None:
         await pipeline.chat(self.gateway, request, sink)
@@ -235,6 +251,7 @@ class ModelsConsumer(DataPlaneConsumer):
     """GET /v1/models and /v1/models/{id}: what this key may call, from memory."""
 
     method = "GET"
+    route = "/v1/models"
 
     async def serve(self, scope: Scope, request: HttpRequest, sink: HttpSink) -> None:
         caller = pipeline.admit(self.gateway, request)
@@ -254,12 +271,18 @@ class NothingConsumer(DataPlaneConsumer):
     """Every other path of the data plane: nothing, and a caller without a key is not even told that."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.monotonic()
         request = HttpRequest(scope, receive)
+        sink = HttpSink(scope, send, request.id)
         try:
             pipeline.admit(self.gateway, request)
             raise NotFound
         except GatewayError as error:
-            await HttpSink(scope, send, request.id).fail(error)
+            await sink.fail(error)
+        finally:
+            self.gateway.traffic.note(
+                self.route, scope["method"], sink.status, began, request.id, gateway_key=request.key_name
+            )
 
 
 @functools.lru_cache(maxsize=4096)

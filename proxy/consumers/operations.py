@@ -12,8 +12,8 @@ import orjson
 from django.conf import settings
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from audit.api_counts import registry
 from proxy.gateway import Gateway
+from proxy.metrics import registry
 from proxy.watcher import Watcher
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]

@@ -7,14 +7,14 @@ import contextlib
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
-import structlog
 from channels.consumer import AsyncConsumer
 
-from audit.middleware import request_id_from
+from audit.request_ids import REQUEST_ID, request_id_from
 from audit.strict_json import StrictJSONError, loads
 from providers import sse
 from providers.adapters.openai import read_event
@@ -27,6 +27,7 @@ from proxy.dialects import openai
 from proxy.errors import GatewayError, InvalidRequest, KeyRevoked, NotFound, ShuttingDown
 from proxy.gateway import Gateway
 from proxy.inflight import Running
+from proxy.traffic import CLIENT_LEFT
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,10 @@ class FrameSink:
     """An answer as frames: a chunk for each event, then `done` with the usage.
 
     wants_usage: whether the caller asked for the chunk that has nothing but the usage. It always comes, for the sake of `done`.
+    status: 200 once all of it was sent.
     """
+
+    status = CLIENT_LEFT
 
     def __init__(self, socket: Socket, id: str, *, wants_usage: bool) -> None:
         self._socket = socket
@@ -96,6 +100,7 @@ class FrameSink:
     async def end(self, data: bytes) -> None:
         await self.send(data)
         await self._socket.frame(id=self._id, type="done", usage=self.usage())
+        self.status = 200
 
     def usage(self) -> dict[str, int]:
         """Counts in OpenAI's words: what the stream said, else what the attempt at its beginning counted or estimated.
@@ -122,6 +127,8 @@ class FrameSink:
 
 class FrameRequest:
     """One frame as a request for the pipeline; the socket it came on carries the key."""
+
+    key_name = ""
 
     def __init__(self, scope: Scope, headers: auth.RawHeaders, body: bytes) -> None:
         self._body = body
@@ -253,15 +260,23 @@ class Conversation:
         task.add_done_callback(lambda _: self._requests.pop(id, None))
 
     async def _serve(self, id: str, request: FrameRequest, sink: FrameSink) -> None:
+        began, status = time.monotonic(), CLIENT_LEFT
+        REQUEST_ID.set(request.id)
         try:
             await pipeline.chat(self._gateway, request, sink)
+            status = sink.status
         except (GatewayError, ProviderError) as error:
+            status = error.status
             await sink.fail(error, request.id)
         except Exception:
             # The other requests on this socket go on.
-            with structlog.contextvars.bound_contextvars(request_id=request.id):
-                logger.exception("a request failed inside the gateway")
+            logger.exception("a request failed inside the gateway")
+            status = GatewayError.status
             await sink.fail(GatewayError(), request.id)
+        finally:
+            self._gateway.traffic.note(
+                "/ws/chat", "WS", status, began, request.id, gateway_key=request.key_name
+            )
 
     async def _cancel(self, id: str) -> None:
         found = self._requests.get(id)

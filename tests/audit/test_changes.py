@@ -12,6 +12,7 @@ from django.test.utils import CaptureQueriesContext
 from audit.changes import AuditUnavailable, NotInChanges, changes, current, record
 from audit.diff import HIDDEN
 from audit.models import Entry, Head
+from audit.request_ids import within
 from providers import crypto, keyring, keys
 from providers.models import ApiKey, HealthCheck, Provider, ProviderHealth, Server, UpstreamModel
 
@@ -69,6 +70,18 @@ def test_an_entry_says_who_did_what_from_where(operator: User) -> None:
     )
     assert (entry.via, entry.ip, entry.request_id) == ("api", "192.0.2.7", "r-7")
     assert entry.changes == {"name": ["llama", "renamed"], "priority": [100, 5]}
+
+
+def test_an_entry_of_a_task_has_the_id_of_what_the_task_belongs_to() -> None:
+    with within("from-a-request"), changes(actor=None, via="task"):
+        Group.objects.create(name="ml")
+    with within("from-a-request"), changes(actor=None, via="api", request_id="said"):
+        Group.objects.create(name="support")
+    with changes(actor=None, via="task"):
+        Group.objects.create(name="sales")
+
+    found = Entry.objects.filter(entity_type="group").order_by("seq").values_list("request_id", flat=True)
+    assert [*found][-3:] == ["from-a-request", "said", ""]
 
 
 def test_a_save_that_changes_nothing_leaves_no_entry() -> None:

@@ -14,12 +14,11 @@ from django.db import connection
 from django.urls import URLPattern, get_resolver
 from django.urls.resolvers import URLResolver
 
-from audit.api_counts import template
 from audit.changes import changes
 from audit.models import Entry, Head
 from config import api_v1
 from providers.models import Provider
-from tests.support.api import KEY, V1, add_key, add_server, as_
+from tests.support.api import KEY, V1, add_key, add_server, as_, template
 
 pytestmark = pytest.mark.django_db
 DIALS = ("/test", "/refresh")

@@ -52,6 +52,25 @@ def test_f34_a_worker_that_is_killed_takes_nothing_of_its_siblings_with_it_and_i
         assert all(by_request[each.name] == "interrupted" for each in told if not each.ended_well)
 
 
+def test_metrics_are_those_of_all_workers_whoever_is_asked_and_of_those_that_died() -> None:
+    with Upstream() as upstream, Gateway(env={"WEB_CONCURRENCY": "2"}) as gateway:
+        key = gateway.provide(f"{upstream.url}/v1")
+        for _ in range(12):
+            assert _asked(gateway, key) == 200
+        assert {_attempts(gateway) for _ in range(12)} == {12.0}
+        os.kill(descendants(gateway.process().pid)[0], signal.SIGKILL)
+        gateway.process().wait_until(lambda: len(descendants(gateway.process().pid)) == 2, timeout=10)
+        assert _asked(gateway, key) == 200
+        assert {_attempts(gateway) for _ in range(12)} == {13.0}
+
+
+def _attempts(gateway: Gateway) -> float:
+    """As `/metrics` counts them; each question goes to whichever worker takes it."""
+    text = httpx.get(f"{gateway.url}/metrics", timeout=10).text
+    lines = [line for line in text.splitlines() if line.startswith("penstock_attempts_total{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
 def test_f45_without_memory_requests_are_refused_at_once_and_the_process_lives() -> None:
     limit = {"MEMORY_LIMIT_BYTES": str(32 * 1024 * 1024)}
     with Upstream() as upstream, Gateway(env=limit) as gateway:

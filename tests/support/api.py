@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from django.conf import settings
@@ -53,3 +54,10 @@ def add_key(client: APIClient, **fields: Any) -> dict[str, Any]:
     assert response.status_code == 201, response.content
     made: dict[str, Any] = response.json()
     return made
+
+
+def template(route: str) -> str:
+    """A route of the URL conf as people write it: `/api/v1/servers/{id}`."""
+    text = re.sub(r"\(\?P<(\w+)>(?:[^()]|\([^()]*\))*\)", r"{\1}", route)
+    text = text.replace("^", "").replace("\\", "").removesuffix("$").removesuffix("/?")
+    return "/" + text.replace("(?:/.*)?", "/*").replace("(?:v1/)?", "").replace("{pk}", "{id}").lstrip("/")

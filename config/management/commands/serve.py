@@ -8,6 +8,7 @@ from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
 from django.db import DatabaseError, connections
 
+from config import shared_metrics
 from config.connection import Limits
 from config.env import refuse_wrong_settings
 from config.schema_version import newer_problem, older_problem
@@ -38,6 +39,8 @@ class Command(BaseCommand):
 
     def handle(self, *args: object, host: str, port: int, grace: float, **options: object) -> None:
         """Bind, then run one server here or several in workers."""
+        if settings.WEB_CONCURRENCY > 1:
+            shared_metrics.share()
         harden_process()
         _refuse()
         sock = bind(host, port)
@@ -56,7 +59,11 @@ class Command(BaseCommand):
         if count == 1:
             work()
         else:
-            sys.exit(Workers(work, count=count, sock=sock).run())
+            workers = Workers(work, count=count, sock=sock, ended=shared_metrics.forget)
+            try:
+                sys.exit(workers.run())
+            finally:
+                shared_metrics.clear()
 
 
 def _refuse() -> None:
