@@ -26,7 +26,8 @@ TOKENS = 5
 PLENTY = 10**6
 WORKERS = 2
 CALLERS = 4
-PHASE_SECONDS = 2.5
+BEFORE_SECONDS = 2.5
+HANGS_SECONDS = 1.5
 DELAY_SECONDS = 0.06
 ERRORS_PER_WORKER = 5
 SHARED_AGAIN_SECONDS = 2.0
@@ -116,18 +117,21 @@ def test_f19_a_redis_that_hangs_under_load_delays_a_few_requests_and_fails_none(
     wait(lambda: is_shared(gateway, key, store), gateway, seconds=30)
     looking = time.monotonic() - began
     with Callers(asking(gateway, key, stream=False), count=CALLERS, prefix="hang") as callers:
-        time.sleep(PHASE_SECONDS)
+        time.sleep(BEFORE_SECONDS)
         stopped = time.monotonic()
         valkey.pause()
         try:
-            time.sleep(PHASE_SECONDS)
+            time.sleep(HANGS_SECONDS)
             said = readiness(gateway)
         finally:
             valkey.resume()
             resumed = time.monotonic()
+    began = resumed
     while not is_shared(gateway, key, store):
-        assert time.monotonic() - resumed < SHARED_AGAIN_SECONDS + 2 * looking
-    shared_after = time.monotonic() - resumed
+        began = time.monotonic()
+        # Half a look more, since a machine that is busy now was so before.
+        assert began - resumed < SHARED_AGAIN_SECONDS + looking / 2
+    shared_after = began - resumed
     wait(lambda: readiness(gateway) == {"ok"}, gateway, seconds=5)
 
     assert said == {"away; limits are kept by each process"}
