@@ -21,7 +21,9 @@ BY_NAME: Mapping[str, Any] = {
     "changes": {"name": [None, "Box"]},
     "custom_headers": {"X-Team": "search"},
     "details": {"base_url": ["This is not the address of a server."]},
+    "amount_usd": 200,
     "entity_name": "Box",
+    "expires_in": 300,
     "entity_type": "ai_server",
     "fingerprint": "4f0c5f1d2a3b4c5d6e7f8091",
     "id": "llama3.2",
@@ -59,6 +61,7 @@ BY_NAME: Mapping[str, Any] = {
     "slug": "box",
     "status": "online",
     "strategy": "round-robin",
+    "user": "alice",
     "username": "alice",
     "why": ["route fast: auto, round-robin", "box/llama3.2: its turn"],
 }
@@ -85,10 +88,11 @@ SENT = frozenset(
         "api_key",
         "is_healthy",
         "model",
+        "user",
     }
 )
 """What a request's example shows beyond what is required."""
-PATCHED = ("priority", "weight", "context_window", "model", "strategy", "name", "is_healthy")
+PATCHED = ("amount_usd", "priority", "weight", "context_window", "model", "strategy", "name", "is_healthy")
 """What the example of a partial change changes: the first of these that there is."""
 LEFT_OUT = frozenset({"otp"})
 
@@ -141,7 +145,7 @@ def _object(schema: Schema, schemas: Mapping[str, Schema], *, sent: bool, depth:
     }
     if sent:
         wanted = [name for name in shapes if name in required or name in SENT]
-        if not required:
+        if not required and depth == 0:
             wanted = [name for name in PATCHED if name in shapes][:1] or wanted or list(shapes)[:1]
         shapes = {name: shapes[name] for name in wanted}
     return {

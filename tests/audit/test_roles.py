@@ -115,6 +115,9 @@ MATRIX: list[tuple[str, str, str]] = [
     ("get", "audit/verify", WRITE),
     ("get", "admin/stats", READ),
     ("get", "admin/logs", ADMIN),
+    ("get", "admin/backup", ADMIN),
+    ("post", "admin/backup", ADMIN),
+    ("post", "admin/providers/restore", ADMIN),
     ("get", "owner-limits", READ),
     ("post", "owner-limits", ADMIN),
     ("get", "owner-limits/{limits}", READ),
@@ -144,6 +147,11 @@ PLACEHOLDERS = {
     "active": "{purpose}",
     "model-routes": "{route}",
     "gateway-keys": "{gateway}",
+    "audit": "{entry}",
+    "prices": "{price}",
+    "owner-limits": "{limits}",
+    "usage": "{usage}",
+    "budgets": "{budget}",
 }
 """First part of a path -> the thing whose id stands in it."""
 MOUNTS = ("api/v1/llm-config/", "api/v1/", "api/")

@@ -70,7 +70,7 @@ def test_recent_requests_name_who_asked_and_neither_query_nor_body_nor_what_look
     viewer: User,
 ) -> None:
     client = as_(viewer)
-    client.get(f"/api/v1/servers?api_key={CANARY}", headers={"x-request-id": "mine-1"})
+    client.get(f"/api/v1/servers?search={CANARY}", headers={"x-request-id": "mine-1"})
     client.post("/api/v1/servers", {"name": CANARY}, headers={"x-request-id": CANARY})
     anybody().post("/api/v1/auth/token", {"username": CANARY, "password": CANARY})
 

@@ -51,7 +51,7 @@ def documented() -> list[tuple[str, str, list[str]]]:
     """(method, path as asked, words) of each command of the page's list."""
     part = (ROOT / "docs" / "api.md").read_text().partition("### Every endpoint, as a command")[2]
     found = []
-    for line in re.findall(r"^curl .*$", part.partition("\n## ")[0], re.MULTILINE):
+    for line in re.findall(r"^curl .*$", re.split(r"\n##+ ", part)[0], re.MULTILINE):
         words = shlex.split(line)
         method = words[words.index("-X") + 1] if "-X" in words else "GET"
         address = next(word for word in words if word.startswith("$API/"))

@@ -35,7 +35,7 @@ from proxy.grants import Accounts, Grants
 from proxy.models import Budget, BudgetAccount, BudgetGrant, GatewayKey, UsageRecord
 from proxy.purses import AccountKey, Allowance, window_at
 from proxy.spool import new_attempt_id
-from proxy.usage_rows import usage_row
+from proxy.usage_rows import insert, usage_row
 
 WORKER = "a" * 32
 
@@ -67,9 +67,8 @@ def a_record(charges: Any, grants: Any, cost: int | None) -> dict[str, Any]:
 def book(worker: str, *records: dict[str, Any]) -> None:
     pairs = {row["id"]: (row, record) for record in records if (row := usage_row(record)) is not None}
     with transaction.atomic():
-        usage._book(
-            worker, [row for row, _ in pairs.values()], {key: each for key, (_, each) in pairs.items()}
-        )
+        new = insert([row for row, _ in pairs.values()])
+        usage._book(worker, new, {key: each for key, (_, each) in pairs.items()})
 
 
 def numbers() -> tuple[int, int]:
