@@ -58,7 +58,7 @@ def tls_context(ca_pem: str = "") -> ssl.SSLContext:
         context = ssl.create_default_context()
         # A slim container has no certificates of its own.
         context.load_verify_locations(certifi.where())
-    except (ssl.SSLError, ValueError) as error:
+    except (ssl.SSLError, ValueError, TypeError) as error:
         raise errors.TlsError(detail="the CA bundle cannot be read") from error
     return context
 

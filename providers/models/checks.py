@@ -72,5 +72,5 @@ def check_metadata(metadata: Any) -> None:
 def check_ca(pem: str) -> None:
     try:
         ssl.create_default_context(cadata=pem)
-    except (ssl.SSLError, ValueError) as error:
+    except (ssl.SSLError, ValueError, TypeError) as error:  # TypeError: it is not ASCII
         raise ValidationError("This is not a PEM certificate.") from error

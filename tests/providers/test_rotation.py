@@ -70,7 +70,12 @@ def test_all_sealed_columns_are_known_to_the_rotation() -> None:
         for field in model._meta.concrete_fields
         if isinstance(field, SealedField) and "hmac" not in field.name
     }
-    assert columns == {"providers.ApiKey.secret", "providers.Keyring.canary"}
+    assert columns == {
+        "providers.ApiKey.secret",
+        "providers.Keyring.canary",
+        "proxy.TextRecord.prompt",
+        "proxy.TextRecord.answer",
+    }
 
 
 def test_the_three_steps_leave_everything_under_one_new_key(sealed: list[ApiKey]) -> None:
