@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,28 @@ from django.db import connection
 
 from audit.changes import changes
 from audit.triggers import lift_triggers
+
+WITHOUT_A_DATABASE = ("proxy", "providers", "audit", "security", "docs", "support")
+"""Folders of tests where one that asks for no database, and starts no process that would have one, has none."""
+ASKING = frozenset({"db", "transactional_db", "django_db_setup", "live_server"})
+STARTING = frozenset({"Gateway", "Installation", "Process", "subprocess"})
+"""Names by which a module starts processes."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What has nothing to do with a database is run once, whichever there is (see the marker in pyproject.toml)."""
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    if folder in WITHOUT_A_DATABASE and not _asks_for_a_database(item):
+        item.add_marker(pytest.mark.no_database)
+
+
+def _asks_for_a_database(item: pytest.Item) -> bool:
+    fixtures, module = getattr(item, "fixturenames", ()), getattr(item, "module", None)
+    return (
+        item.get_closest_marker("django_db") is not None
+        or not ASKING.isdisjoint(fixtures)
+        or not STARTING.isdisjoint(vars(module))
+    )
 
 
 def pytest_collection_finish() -> None:

@@ -116,6 +116,8 @@ class UsageSerializer(serializers.ModelSerializer[UsageRecord]):
     )
     cost_usd = serializers.SerializerMethodField(help_text="A decimal number; null while no price is known.")
     total_tokens = serializers.IntegerField()
+    # Written out, because the largest number of a column is another one on each database, and the schema is one.
+    attempt = serializers.IntegerField(min_value=1, max_value=32767)
 
     class Meta:
         model = UsageRecord

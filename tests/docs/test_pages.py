@@ -70,7 +70,10 @@ def control_plane() -> set[str]:
     for pattern in api_v1.urlpatterns:
         assert isinstance(pattern, URLPattern)
         text = re.sub(r"\(\?P<(\w+)>(?:[^()]|\([^()]*\))*\)", r"{\1}", str(pattern.pattern))
-        found.add("/api/v1/" + text.strip("^$").removesuffix("/?").replace("{pk}", "{id}"))
+        found.add(
+            "/api/v1/"
+            + text.strip("^$").removesuffix("/?").replace("audit/{pk}", "audit/{seq}").replace("{pk}", "{id}")
+        )
     return found
 
 
