@@ -725,6 +725,9 @@ async def test_f21_a_full_redis_lets_go_of_places_at_once_and_counts_the_tokens_
             held.correct(700)
         await until(lambda: client.zcard("penstock:limit:{k}:c") == 0)
         assert client.hget("penstock:limit:{k}:t", "c") == b"100"
+        link = limits._link
+        assert link is not None
+        await until(lambda: len(link._undelivered) == 1)  # The refusal has arrived.
         repair(client)
         await limits.sweep()
         assert client.hget("penstock:limit:{k}:t", "c") == b"700"
