@@ -134,6 +134,20 @@ def _error_schema() -> Schema:
     }
 
 
+def with_types_once(result: Schema, generator: Any, request: Any, public: bool) -> Schema:
+    """drf-spectacular adds "null" to the type of a field that may be null even where it is there already."""
+    parts: list[Any] = [result]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if isinstance(part.get("type"), list):
+                part["type"] = list(dict.fromkeys(part["type"]))
+            parts.extend(part.values())
+        elif isinstance(part, list):
+            parts.extend(part)
+    return result
+
+
 def with_data_plane(result: Schema, generator: Any, request: Any, public: bool) -> Schema:
     """What applications call, with a gateway key. The bodies are OpenAI's, passed on with fields of ours."""
     components = result["components"]

@@ -480,6 +480,7 @@ SPECTACULAR_SETTINGS = {
         "drf_spectacular.hooks.postprocess_schema_enums",
         "config.openapi.with_errors",
         "config.openapi.with_data_plane",
+        "config.openapi.with_types_once",
         "config.examples.with_examples",
     ],
     "ENUM_NAME_OVERRIDES": {
