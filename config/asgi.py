@@ -12,6 +12,7 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 from channels.routing import ProtocolTypeRouter, URLRouter
 from django.conf import settings
 from django.core.asgi import get_asgi_application
+from django.urls import get_resolver
 
 # WhiteNoise serves from the packages; it warns when the folder for collected files is missing.
 settings.STATIC_ROOT.mkdir(parents=True, exist_ok=True)
@@ -54,12 +55,18 @@ async def lifespan(receive: Receive, send: Send) -> None:
             except Exception as error:  # noqa: BLE001  # whatever it is, it is told in one line and nothing is served
                 await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
                 return
+            load_the_control_plane()
             spare_the_collector()
             await send({"type": "lifespan.startup.complete"})
         else:
             await GATEWAY.stop()
             await send({"type": "lifespan.shutdown.complete"})
             return
+
+
+def load_the_control_plane() -> None:
+    """Django reads the URL conf, and with it all views, for the first request; in a thread beside streams that costs each of them."""
+    _ = get_resolver().url_patterns
 
 
 def spare_the_collector() -> None:
