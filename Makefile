@@ -15,8 +15,8 @@ UV_VERSION := 0.13.8
 UV_COMPILE = $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
 PYTEST := ENV_FILE=/dev/null $(BIN)/python -m pytest
-# Half of the tests wait most of their time, for processes, deadlines and browsers.
-TEST_PROCESSES ?= 4
+# Many tests wait most of their time, for processes, deadlines and browsers; more than this would disturb those that measure time.
+TEST_PROCESSES ?= 3
 # For example --quick; docs/benchmarks.md has all.
 BENCH_OPTIONS ?=
 # A production-like environment for `manage.py check --deploy`, with secrets made on the spot.

@@ -27,6 +27,8 @@ from config.processes import NoPrivateFolder, private_dir, valkey_binary
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY, Process, descendants
 
+pytestmark = pytest.mark.no_database
+
 NAMES = {"SECRET_KEY", "PENSTOCK_ENCRYPTION_KEY", "PENSTOCK_PEPPERS", "JWT_SIGNING_KEY"}
 ADDRESS = Address("127.0.0.1", 8000, "http://127.0.0.1:8000")
 

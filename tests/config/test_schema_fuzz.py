@@ -30,7 +30,7 @@ from audit.changes import changes
 from providers.models import Provider
 from tests.support.api import V1, add_key, add_server, anybody, as_
 
-pytestmark = [pytest.mark.django_db, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.no_database, pytest.mark.django_db, pytest.mark.timeout(400)]
 EXAMPLES = int(os.environ.get("SCHEMA_EXAMPLES", "3"))
 """Requests for each operation, right and wrong ones alike; set it higher to look longer."""
 NOWHERE = "http://127.0.0.1:9"

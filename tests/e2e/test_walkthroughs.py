@@ -17,7 +17,7 @@ from tests.support.answers import raw
 from tests.support.gateway import Gateway
 from tests.support.upstream import Upstream
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.no_database, pytest.mark.timeout(400)]
 SERVER_BOOK = """
 curl http://localhost:8084/api/v1/llm-config/health
 

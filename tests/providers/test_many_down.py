@@ -30,6 +30,8 @@ LATE = 1.5
 ADD = """
 from audit.changes import changes
 from providers.models import Provider
+
+pytestmark = pytest.mark.no_database
 with changes(actor=None, via="command"):
     for n in range({count}):
         host = f"127.{{1 + n // 200}}.{{1 + n % 200}}.1"

@@ -15,6 +15,8 @@ from tests.support.gateway import Gateway
 from tests.support.upstream import Trap, Upstream
 from tests.support.valkey import Valkey
 
+pytestmark = pytest.mark.no_database
+
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 FORBIDDEN = [
     "http://169.254.169.254/v1",

@@ -16,6 +16,8 @@ from tests.support.gateway import Gateway
 from tests.support.ports import free_port
 from tests.support.processes import REPOSITORY
 
+pytestmark = pytest.mark.no_database
+
 # Lines of code in .pth files run whenever Python starts. These are known: setuptools' shim, and coverage's hook.
 KNOWN = {"distutils-precedence.pth", "a1_coverage.pth"}
 
