@@ -45,8 +45,6 @@ FEW_MODELS = 2
 MOST_STANDINGS = 2000
 """How many names are remembered: callers may make up models of a provider."""
 
-NOBODY: list[str] = []
-
 OURS = "penstock"
 """Who owns the models that are routes."""
 
@@ -107,7 +105,8 @@ def plan(
     """The candidates in order. Raises ModelNotFound, ModelNotAllowed, NoProviderAvailable or CredentialMissing, and
     ContextTooLong or InvalidRequest when no candidate could take what the request needs."""
     standing = _standing(snapshot, caller, purpose=purpose, model=model, provider_id=provider_id)
-    able, left_out = standing.able, NOBODY
+    able: Sequence[Named] = standing.able
+    left_out: Sequence[str] = ()
     if standing.described:
         able, left_out = fitting(snapshot, able, purpose=purpose, needs=needs())
     if standing.calm is not None and not left_out and conditions.nothing_against(standing.providers):
@@ -121,10 +120,14 @@ def plan(
     found = sort_out(able, conditions, turn=routes.turn_of_key, window=functools.partial(_window, snapshot))
     if not found.candidates:
         raise _nobody(found)
-    return _priced(
-        snapshot,
-        Plan(resolved.rule, model, tuple(found.candidates), (*left_out, *found.trace), resolved.resume),
-    )
+    return _planned(snapshot, resolved, model, found, left_out)
+
+
+def _planned(
+    snapshot: Snapshot, resolved: Resolved, model: str, found: Sorted, left_out: Sequence[str] = ()
+) -> Plan:
+    trace = (*left_out, *found.trace)
+    return _priced(snapshot, Plan(resolved.rule, model, tuple(found.candidates), trace, resolved.resume))
 
 
 def _priced(snapshot: Snapshot, plan: Plan) -> Plan:
@@ -176,10 +179,7 @@ def _worked_out(
     if resolved.route is None and all(len(upstream.credentials) < 2 for upstream, _ in able):
         found = sort_out(able, Conditions(Weather()), window=functools.partial(_window, snapshot))
         if found.candidates:
-            calm = _priced(
-                snapshot,
-                Plan(resolved.rule, model, tuple(found.candidates), tuple(found.trace), resolved.resume),
-            )
+            calm = _planned(snapshot, resolved, model, found)
     return Standing(resolved, able, frozenset(upstream.id for upstream, _ in able), described, calm)
 
 

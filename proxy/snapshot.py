@@ -137,10 +137,11 @@ def build() -> Snapshot:
         version = Head.objects.values_list("seq", flat=True).get(pk=1)
         _refresh_keyring()
         budgets = list(Budget.objects.all())
-        callers = {caller.key_id: caller for caller in _callers(_by_subject(budgets))}
+        budgets_of = _by_subject(budgets)
+        callers = {caller.key_id: caller for caller in _callers(budgets_of)}
         credentials = _credentials()
         models = _models()
-        upstreams = {each.id: each for each in _upstreams(credentials, models, _by_subject(budgets))}
+        upstreams = {each.id: each for each in _upstreams(credentials, models, budgets_of)}
         active = _active()
         routes = {route.name: route for route in _routes()}
         prices = price_table.book({each.vendor for each in upstreams.values()}, upstreams.keys())

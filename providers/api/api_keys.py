@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from django.db.models import Q
 from django.db.models.query import QuerySet
 from django_filters import rest_framework as filters
 from drf_spectacular.utils import extend_schema, extend_schema_field
@@ -19,7 +18,7 @@ from audit.api_views import KnownFields, Rows, StrictSerializer, blaming
 from providers import keyring, keys
 from providers.adapters import SELF_HOSTED
 from providers.api.trials import KeyTrialSerializer, try_key
-from providers.api.values import KeyField, check_store
+from providers.api.values import KeyField, check_store, provider_named
 from providers.models import ApiKey, KeyUse, Provider
 from providers.models.limited import LIMITS
 
@@ -33,11 +32,7 @@ class VendorField(serializers.Field[Any, Any, Any, Any]):
         return value.slug
 
     def to_internal_value(self, data: Any) -> Provider:
-        text = str(data) if isinstance(data, int | str) and not isinstance(data, bool) else ""
-        condition = Q(pk=int(text)) if text.isascii() and text.isdigit() and len(text) <= 18 else Q(slug=text)
-        provider = Provider.objects.filter(condition).first() if "\0" not in text else None
-        if provider is None:
-            raise serializers.ValidationError("There is no such provider.")
+        provider = provider_named(data)
         if provider.self_hosted:
             raise serializers.ValidationError("This is a server; its key is set with the server itself.")
         return provider

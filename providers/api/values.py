@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from django.core.exceptions import ValidationError as DjangoValidationError
+from django.db.models import Q
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import exceptions, serializers
 
@@ -34,6 +35,16 @@ class KeyField(serializers.CharField):
             except DjangoValidationError as error:
                 raise serializers.ValidationError(error.messages) from error
         return value
+
+
+def provider_named(data: Any) -> Provider:
+    """The provider that a slug or an id means. Raises ValidationError."""
+    text = str(data) if isinstance(data, int | str) and not isinstance(data, bool) else ""
+    condition = Q(pk=int(text)) if text.isascii() and text.isdigit() and len(text) <= 18 else Q(slug=text)
+    provider = Provider.objects.filter(condition).first() if "\0" not in text else None
+    if provider is None:
+        raise serializers.ValidationError("There is no such provider.")
+    return provider
 
 
 def check_store(user: Any, value: str | None) -> None:

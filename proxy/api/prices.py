@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any, ClassVar
 
-from django.db.models import Q, QuerySet
+from django.db.models import QuerySet
 from django.utils import timezone
 from django_filters import rest_framework as filters
 from drf_spectacular.utils import extend_schema, extend_schema_field
@@ -17,6 +17,7 @@ from rest_framework.response import Response
 
 from audit.api_errors import Conflict
 from audit.api_views import KeptRows, StrictSerializer
+from providers.api.values import provider_named
 from providers.models import Provider
 from proxy import prices
 from proxy.models import ModelPrice
@@ -33,12 +34,7 @@ class ProviderField(serializers.Field[Any, Any, Any, Any]):
         return value
 
     def to_internal_value(self, data: Any) -> Provider:
-        text = str(data) if isinstance(data, int | str) and not isinstance(data, bool) else ""
-        condition = Q(pk=int(text)) if text.isascii() and text.isdigit() and len(text) <= 18 else Q(slug=text)
-        provider = Provider.objects.filter(condition).first() if "\0" not in text else None
-        if provider is None:
-            raise serializers.ValidationError("There is no such provider.")
-        return provider
+        return provider_named(data)
 
 
 class DollarsField(serializers.DecimalField):

@@ -230,9 +230,13 @@ class DataPlaneConsumer(AsyncConsumer):
             logger.exception("a request failed inside the gateway")
             await sink.fail(GatewayError())
         finally:
-            self.gateway.traffic.note(
-                self.route, scope["method"], sink.status, began, request.id, gateway_key=request.key_name
-            )
+            self.note(scope, request, sink, began)
+
+    def note(self, scope: Scope, request: HttpRequest, sink: HttpSink, began: float) -> None:
+        """Count the request as answered; began: monotonic seconds."""
+        self.gateway.traffic.note(
+            self.route, scope["method"], sink.status, began, request.id, gateway_key=request.key_name
+        )
 
     async def serve(self, scope: Scope, request: HttpRequest, sink: HttpSink) -> None:
         raise NotFound
@@ -280,9 +284,7 @@ class NothingConsumer(DataPlaneConsumer):
         except GatewayError as error:
             await sink.fail(error)
         finally:
-            self.gateway.traffic.note(
-                self.route, scope["method"], sink.status, began, request.id, gateway_key=request.key_name
-            )
+            self.note(scope, request, sink, began)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -24,7 +24,7 @@ from config import api_v1
 from providers.models import Provider
 from proxy import keys
 from proxy.models import GatewayKey
-from tests.support.api import V1, add_key, add_server, anybody, as_
+from tests.support.api import V1, add_key, add_server, anybody, as_, template
 
 pytestmark = pytest.mark.django_db
 WHO = ("nobody", "stranger", "member", "viewer", "operator", "administrator", "superuser")
@@ -266,7 +266,7 @@ def _routes(resolver: URLResolver) -> Iterator[tuple[str, str]]:
                 for each in pattern.url_patterns:
                     yield from _methods(each, _written(each))
         elif start.startswith("^api/(?:v1/)?"):
-            yield from _methods(pattern, _written(pattern).removeprefix("api/(?:v1/)?"))
+            yield from _methods(pattern, _written(pattern).removeprefix("api/"))
         else:
             plain = start.strip("^$").removesuffix("/?").partition("(")[0]
             assert plain in ELSEWHERE or plain.startswith("admin/account/"), (
@@ -275,13 +275,10 @@ def _routes(resolver: URLResolver) -> Iterator[tuple[str, str]]:
 
 
 def _written(pattern: Any) -> str:
-    text = str(pattern.pattern).strip("^$").removesuffix("/?").replace("/?", "").replace("\\", "")
+    text = template(str(pattern.pattern)).strip("/")
     head = text.partition("/")[0]
-
-    def placeholder(group: re.Match[str]) -> str:
-        return "{model}" if group[1] == "model_id" else PLACEHOLDERS.get(head, "{" + head + "}")
-
-    return re.sub(r"\(\?P<(\w+)>(?:[^()]|\([^()]*\))*\)", placeholder, text)
+    own = PLACEHOLDERS.get(head, "{" + head + "}")
+    return text.replace("{model_id}", "{model}").replace("{id}", own).replace("{purpose}", own)
 
 
 def _methods(pattern: Any, path: str) -> Iterator[tuple[str, str]]:

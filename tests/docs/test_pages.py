@@ -16,6 +16,7 @@ import proxy.metrics  # noqa: F401 -- registers the metrics
 from config import api_v1
 from config.greeting import KEY_HINT
 from providers.adapters import KINDS, SELF_HOSTED, VENDORS
+from tests.support.api import template
 
 ROOT = Path(__file__).resolve().parents[2]
 APPS = {"audit", "config", "providers", "proxy"}
@@ -69,11 +70,7 @@ def control_plane() -> set[str]:
     found: set[str] = set()
     for pattern in api_v1.urlpatterns:
         assert isinstance(pattern, URLPattern)
-        text = re.sub(r"\(\?P<(\w+)>(?:[^()]|\([^()]*\))*\)", r"{\1}", str(pattern.pattern))
-        found.add(
-            "/api/v1/"
-            + text.strip("^$").removesuffix("/?").replace("audit/{pk}", "audit/{seq}").replace("{pk}", "{id}")
-        )
+        found.add("/api/v1" + template(str(pattern.pattern)).replace("audit/{id}", "audit/{seq}"))
     return found
 
 
