@@ -14,9 +14,11 @@ PIP_INSTALL := $(PIP) install --require-hashes --only-binary :all:
 UV_VERSION := 0.13.8
 UV_COMPILE = $(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-header --no-annotate
-PYTEST := ENV_FILE=/dev/null $(BIN)/python -m pytest
+# Compiled once: a machine whose environment forbids that would do it again in every process.
+PYTEST := PYTHONDONTWRITEBYTECODE= ENV_FILE=/dev/null $(BIN)/python -m pytest
 # Many tests wait most of their time, for processes, deadlines and browsers; more than this would disturb those that measure time.
 TEST_PROCESSES ?= 3
+PYTEST_MANY := $(PYTEST) -n $(TEST_PROCESSES) --dist loadgroup
 # For example --quick; docs/benchmarks.md has all.
 BENCH_OPTIONS ?=
 # A production-like environment for `manage.py check --deploy`, with secrets made on the spot.
@@ -51,8 +53,9 @@ lock: $(VENV)-lock/bin/uv ## Write the lock files anew from pyproject.toml (UPGR
 ##@ Test and check
 .PHONY: test
 test: $(VENV)/.installed-dev ## The whole suite on PostgreSQL, then what a database matters to on SQLite; each with a real Valkey
-	PENSTOCK_TEST_DATABASE=postgresql $(PYTEST) -n $(TEST_PROCESSES) --dist loadgroup
-	PENSTOCK_TEST_DATABASE=sqlite $(PYTEST) -n $(TEST_PROCESSES) --dist loadgroup -m 'not soak and not no_database'
+	PENSTOCK_TEST_DATABASE=postgresql $(PYTEST_MANY) -m 'not soak and not alone'
+	PENSTOCK_TEST_DATABASE=sqlite $(PYTEST_MANY) -m 'not soak and not alone and not no_database'
+	PENSTOCK_TEST_DATABASE=postgresql $(PYTEST) -m 'alone and not soak'
 	@echo "make test: passed on PostgreSQL + Valkey, and whatever has to do with a database on SQLite + Valkey, too"
 
 .PHONY: soak

@@ -25,6 +25,7 @@ from rest_framework_simplejwt.tokens import Token
 
 from audit.api_errors import RequestTooLarge, error_response
 from audit.counters import Counters
+from audit.roles import roles_of
 from audit.strict_json import StrictJSONError, loads
 
 if TYPE_CHECKING:
@@ -70,19 +71,25 @@ class DenyAll(BasePermission):
 
 
 class CallerThrottle(BaseThrottle):
-    """RATE_LIMIT_REQUESTS in RATE_LIMIT_WINDOW_SECONDS for each user, whatever his role, and for each address without one."""
+    """RATE_LIMIT_REQUESTS in RATE_LIMIT_WINDOW_SECONDS for each user, and for each address without one.
+
+    Where RATE_LIMIT_REQUESTS_BY_ROLE names roles of a user, the largest of their limits is his.
+    """
 
     def __init__(self) -> None:
         self._wait: float | None = None
 
     def allow_request(self, request: Request, view: APIView) -> bool:
+        limit, by_role = settings.RATE_LIMIT_REQUESTS, settings.RATE_LIMIT_REQUESTS_BY_ROLE
         if request.user.is_authenticated:
             name = f"user:{request.user.pk}"
+            if by_role:
+                limit = max(
+                    (by_role[role] for role in roles_of(request.user) if role in by_role), default=limit
+                )
         else:
             name = f"address:{self.get_ident(request)}"
-        self._wait = counters().take(
-            name, limit=settings.RATE_LIMIT_REQUESTS, window=settings.RATE_LIMIT_WINDOW_SECONDS
-        )
+        self._wait = counters().take(name, limit=limit, window=settings.RATE_LIMIT_WINDOW_SECONDS)
         return self._wait is None
 
     def wait(self) -> float | None:

@@ -1,3 +1,5 @@
+import gc
+
 from django.apps import AppConfig
 
 
@@ -7,3 +9,7 @@ class ConfigConfig(AppConfig):
 
     def ready(self) -> None:
         from config import checks  # noqa: F401  # registers the system checks
+
+        # What was loaded stays, so it need not be looked at again; manage.py and celery.py had the collector wait for this.
+        gc.freeze()
+        gc.enable()

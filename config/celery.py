@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
@@ -20,6 +21,7 @@ from celery.signals import (
 from audit.request_ids import REQUEST_ID, request_id_from
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+gc.disable()  # until all is loaded (config/apps.py)
 
 app = Celery("penstock")
 app.config_from_object("django.conf:settings", namespace="CELERY")

@@ -130,6 +130,13 @@ class Reader:
         hint = f"write VALUE=ROLE, separated by commas; ROLE is {', '.join(ROLES)}, or team:NAME for a group of yours"
         return self.read(name, (), _role_map, hint)
 
+    def role_limits(self, name: str) -> dict[str, int]:
+        """`role=number` pairs separated by commas."""
+        none: dict[str, int] = {}
+        return self.read(
+            name, none, _role_limits, f"write ROLE=NUMBER, separated by commas; ROLE is {', '.join(ROLES)}"
+        )
+
     def wrong_sign_on(self, issuer: str, *, client: str, secret: str, roles: object) -> None:
         """Name what is missing or wrong of single sign-on, once there is an issuer."""
         parts = urlsplit(issuer)
@@ -214,6 +221,16 @@ def _role_map(text: str) -> tuple[tuple[str, str], ...]:
             raise ValueError
         pairs.append((value, team))
     return tuple(pairs)
+
+
+def _role_limits(text: str) -> dict[str, int]:
+    limits = {}
+    for word in _words(text):
+        role, _, number = (part.strip() for part in word.partition("="))
+        if role not in ROLES or role in limits or int(number) < 1:
+            raise ValueError
+        limits[role] = int(number)
+    return limits
 
 
 def refuse_wrong_settings(problems: list[Problem]) -> None:

@@ -99,7 +99,8 @@ DJANGO_SUPERUSER_EMAIL = env.text("DJANGO_SUPERUSER_EMAIL")
 
 INSTALLED_APPS = [
     "config",  # first, so that its commands win over Django's of the same name
-    "daphne",
+    # Its `runserver` is the one of `make dev`; Twisted would be a sixth of everybody else's start.
+    *(["daphne"] if sys.argv[1:2] == ["runserver"] else []),
     "unfold",
     "unfold.contrib.filters",
     "django.contrib.admin",
@@ -430,6 +431,7 @@ SOCIALACCOUNT_PROVIDERS: dict[str, Any] = {
 # -- API -------------------------------------------------------------------------------------------------------------
 
 RATE_LIMIT_REQUESTS = env.whole("RATE_LIMIT_REQUESTS", 100, least=1)
+RATE_LIMIT_REQUESTS_BY_ROLE = env.role_limits("RATE_LIMIT_REQUESTS_BY_ROLE")
 RATE_LIMIT_WINDOW_SECONDS = env.whole("RATE_LIMIT_WINDOW_SECONDS", 60, least=1, most=86400)
 REST_FRAMEWORK: dict[str, Any] = {
     "DEFAULT_AUTHENTICATION_CLASSES": [

@@ -5,18 +5,11 @@ from __future__ import annotations
 from django.contrib import admin
 from django.urls import include, path, re_path
 from django.views.generic import RedirectView
-from drf_spectacular.views import SpectacularAPIView, SpectacularSwaggerSplitView
 
 from audit.api_views import NotHere
 from config import sso
 from config.api_health import PingView
-
-
-class Docs(SpectacularSwaggerSplitView):
-    """A page to read; REST framework's answer to OPTIONS has no place in its template."""
-
-    http_method_names = ["get", "head"]
-
+from config.api_schema import Docs, Schema
 
 urlpatterns = [
     path("", RedirectView.as_view(url="/admin/"), name="start"),
@@ -28,7 +21,7 @@ urlpatterns = [
     path("admin/account/", include("audit.access.urls")),
     path("admin/", admin.site.urls),
     re_path(r"^ping/?$", PingView.as_view(), name="ping"),
-    re_path(r"^api/(?:v1/)?schema/?$", SpectacularAPIView.as_view(), name="schema"),
+    re_path(r"^api/(?:v1/)?schema/?$", Schema.as_view(), name="schema"),
     re_path(r"^api/(?:v1/)?docs/?$", Docs.as_view(url_name="schema"), name="docs"),
     path("api/v1/llm-config/", include("config.api_v1")),
     path("api/v1/", include("config.api_v1")),

@@ -32,7 +32,7 @@ def _make_keyring(using: str, **kwargs: Any) -> None:
         return
     try:
         if Keyring.objects.exists():
-            keyring.load()
+            keyring.load_if_changed()
         else:
             keyring.ensure()
     except keyring.WrongEncryptionKey as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,20 +24,25 @@ STARTING = frozenset({"Gateway", "Installation", "Process", "subprocess"})
 """Names by which a module starts processes."""
 
 
+_numbers = itertools.count()
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """What has nothing to do with a database is run once, whichever there is (see the marker in pyproject.toml)."""
+    """Who starts processes shares them with the other tests of his module, and so with their worker.
+
+    What has nothing to do with a database is run once, whichever there is (see the marker in pyproject.toml).
+    """
     folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    if folder in WITHOUT_A_DATABASE and not _asks_for_a_database(item):
+    starting = not STARTING.isdisjoint(vars(getattr(item, "module", None)))
+    if starting and item.get_closest_marker("xdist_group") is None:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    if folder in WITHOUT_A_DATABASE and not (starting or _asks_for_a_database(item)):
         item.add_marker(pytest.mark.no_database)
 
 
 def _asks_for_a_database(item: pytest.Item) -> bool:
-    fixtures, module = getattr(item, "fixturenames", ()), getattr(item, "module", None)
-    return (
-        item.get_closest_marker("django_db") is not None
-        or not ASKING.isdisjoint(fixtures)
-        or not STARTING.isdisjoint(vars(module))
-    )
+    fixtures = getattr(item, "fixturenames", ())
+    return item.get_closest_marker("django_db") is not None or not ASKING.isdisjoint(fixtures)
 
 
 def pytest_collection_finish() -> None:
@@ -57,9 +63,16 @@ def django_db_modify_db_settings(django_db_modify_db_settings_parallel_suffix: N
 
 
 @pytest.fixture(autouse=True)
-def _fast_passwords(settings: Any) -> None:
-    """A good hash takes a third of a second, which is its point, and not ours here."""
+def _fast(settings: Any) -> None:
+    """A good hash takes a third of a second, which is its point, and every test client would look at all static files."""
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+    settings.WHITENOISE_AUTOREFRESH = True
+
+
+@pytest.fixture(autouse=True)
+def _own_backup(settings: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test finds the backup of another; the folder is made by who writes into it."""
+    settings.BACKUP_FILE = tmp_path_factory.getbasetemp() / f"backups-{next(_numbers)}" / "config_backup.json"
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from django.contrib.auth.models import User
+from django.contrib.auth.models import Group, User
 from django.core.exceptions import ValidationError
 from django.db import IntegrityError, OperationalError, connection
 from django.test import RequestFactory, override_settings
@@ -20,7 +20,7 @@ from rest_framework.views import APIView
 from audit import api_errors
 from audit.api import counters
 from audit.api_views import OnlyJSON
-from audit.changes import AuditUnavailable
+from audit.changes import AuditUnavailable, changes
 from providers.errors import ConnectFailed, KeyringUnavailable
 from tests.support.api import V1, anybody, as_, error
 
@@ -296,8 +296,21 @@ def test_a_caller_is_throttled_and_told_when_to_come_back(
     response = client.get(f"{V1}/active")
 
     assert error(response)["code"] == "THROTTLED"
-    assert 0 < int(response["Retry-After"]) <= 600
+    assert 0 < int(response["Retry-After"]) <= 2 * 600  # what is counted now still counts in the next window
     assert as_(operator).get(f"{V1}/servers").status_code == 200
+
+
+def test_a_role_may_have_a_limit_of_its_own_and_the_largest_counts(
+    few_requests: None, settings: Any, viewer: User, operator: User, person: Callable[..., User]
+) -> None:
+    settings.RATE_LIMIT_REQUESTS_BY_ROLE = {"viewer": 1, "operator": 4}
+    both = person("both", "viewer")
+    with changes(actor=None, via="system"):
+        both.groups.add(Group.objects.get(name="operator"))
+    for who, limit in ((viewer, 1), (operator, 4), (both, 4), (person("adm", "administrator"), 3)):
+        client = as_(who)
+        answers = [client.get(f"{V1}/servers").status_code for _ in range(limit + 1)]
+        assert answers == [200] * limit + [429], who
 
 
 def test_strangers_are_throttled_by_address(few_requests: None) -> None:

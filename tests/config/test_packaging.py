@@ -168,6 +168,7 @@ def test_no_secret_is_baked_into_the_image() -> None:
     assert not any(re.search(r"SECRET|KEY|PEPPER|PASSWORD", words) for _, words in dockerfile())
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored
+    assert "!openapi.yaml" in ignored  # it is what /api/schema answers
     assert not {"!.env", "!var", "!.git"} & set(ignored)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import yaml
 from django.conf import settings
@@ -16,7 +18,8 @@ from django.db import connection
 
 from tests.support.api import V1, anybody, as_
 
-pytestmark = pytest.mark.django_db
+# In one process, since the schema is made once in each.
+pytestmark = [pytest.mark.django_db, pytest.mark.xdist_group("schema")]
 
 
 def test_the_start_page_leads_to_the_admin() -> None:
@@ -69,22 +72,40 @@ def test_the_docs_come_from_our_own_files_without_inline_scripts(viewer: User) -
     assert "//cdn" not in page.content.decode()
 
 
-def generated() -> str:
+@functools.cache
+def generated() -> dict[str, Any]:
+    """Making it takes seconds, and nothing changes it."""
     out = StringIO()
     call_command("spectacular", validate=True, fail_on_warn=True, stdout=out)
-    return out.getvalue()
+    return loaded(out.getvalue())
+
+
+def loaded(text: str) -> dict[str, Any]:
+    schema: dict[str, Any] = yaml.load(text, yaml.CSafeLoader)
+    return schema
 
 
 def test_the_committed_schema_is_what_the_code_says() -> None:
     committed = (Path(settings.BASE_DIR) / "openapi.yaml").read_text()
 
-    assert yaml.safe_load(generated()) == yaml.safe_load(committed), (
-        "run `make build` and commit openapi.yaml"
-    )
+    assert generated() == loaded(committed), "run `make build` and commit openapi.yaml"
+
+
+@pytest.mark.parametrize(
+    ("accept", "read", "media_type"),
+    [("*/*", loaded, "application/vnd.oai.openapi"), ("application/json", orjson.loads, "application/json")],
+)
+def test_the_schema_is_answered_as_it_is_committed_in_either_form(
+    viewer: User, accept: str, read: Any, media_type: str
+) -> None:
+    answer = as_(viewer).get("/api/schema/", headers={"accept": accept})
+
+    assert answer.headers["content-type"] == media_type
+    assert read(answer.content) == loaded((Path(settings.BASE_DIR) / "openapi.yaml").read_text())
 
 
 def test_the_schema_names_every_path_once_and_both_planes() -> None:
-    schema = yaml.safe_load(generated())
+    schema = generated()
 
     assert schema["openapi"].startswith("3.1")
     for path in (
@@ -102,7 +123,7 @@ def test_the_schema_names_every_path_once_and_both_planes() -> None:
 
 
 def test_r08_the_schema_never_answers_a_secret() -> None:
-    schemas = yaml.safe_load(generated())["components"]["schemas"]
+    schemas = generated()["components"]["schemas"]
 
     for name in ("Server", "Provider", "ApiKey", "GatewayKey"):
         assert not {"api_key", "secret", "hmac", "key", "fingerprint"} & set(schemas[name]["properties"])
@@ -113,7 +134,7 @@ def test_the_documentation_has_every_path_and_method() -> None:
     text = (Path(settings.BASE_DIR) / "docs" / "api.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `")]
 
-    for path, methods in yaml.safe_load(generated())["paths"].items():
+    for path, methods in generated()["paths"].items():
         row = next((row for row in rows if f"`{path}`" in row or f" {path}`" in row), "")
         assert row, path
         for method in methods:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ V1 = "/api/v1/"
 pytestmark = pytest.mark.no_database
 
 
+@functools.cache
 def paths() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = yaml.load((ROOT / "openapi.yaml").read_text(), yaml.CSafeLoader)[
         "paths"

@@ -198,6 +198,7 @@ async def _lag(gateway: Gateway, key: str, upstream: Upstream, seconds: float = 
     return took
 
 
+@pytest.mark.alone
 def test_f43_a_hanging_database_does_not_hold_up_the_loop_under_two_hundred_streams(
     upstream: Upstream,
 ) -> None:

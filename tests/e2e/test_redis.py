@@ -109,6 +109,7 @@ def is_shared(gateway: Gateway, key: str, store: Any) -> bool:
     return True
 
 
+@pytest.mark.alone
 def test_f19_a_redis_that_hangs_under_load_delays_a_few_requests_and_fails_none(
     house: Running, valkey: Valkey, store: Any
 ) -> None:

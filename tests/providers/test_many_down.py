@@ -23,6 +23,8 @@ from tests.support.processes import REPOSITORY, Process
 from tests.support.upstream import LoopThread, Upstream
 from tests.support.valkey import Valkey
 
+pytestmark = pytest.mark.no_database
+
 HELLO = {"model": "well/tiny", "messages": [{"role": "user", "content": "hello"}]}
 LATE = 1.5
 """Seconds that may pass between a claim and the question that it is for, on a machine that has much to do."""
@@ -31,7 +33,6 @@ ADD = """
 from audit.changes import changes
 from providers.models import Provider
 
-pytestmark = pytest.mark.no_database
 with changes(actor=None, via="command"):
     for n in range({count}):
         host = f"127.{{1 + n // 200}}.{{1 + n % 200}}.1"
@@ -143,6 +144,7 @@ def assert_calm(*, providers: int, beats: int, workers: int, interval: float, se
     )
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(200)
 def test_f31_forty_providers_that_are_down_are_asked_as_if_there_were_one_worker() -> None:
     assert_calm(providers=40, beats=1, workers=1, interval=5, seconds=0)

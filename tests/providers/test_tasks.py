@@ -353,6 +353,7 @@ def wait_for_probes(upstream: Upstream, count: int, timeout: float = 30.0) -> li
     return times
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(200)
 def test_f30_f31_with_two_beats_and_two_workers_a_host_is_still_asked_once_a_second() -> None:
     quick = {"HEALTH_CHECK_INTERVAL_SECONDS": "1"}

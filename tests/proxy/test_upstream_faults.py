@@ -268,6 +268,7 @@ def telling_the_time(count: int, every: float) -> Behaviour:
     return behave
 
 
+@pytest.mark.alone
 async def test_f10_a_slow_stream_is_passed_on_as_it_comes_and_never_cut_for_being_slow(
     pair: House, upstream: Upstream
 ) -> None:
@@ -312,6 +313,7 @@ def test_f10_a_byte_at_a_time_is_progress_and_the_total_cap_ends_it(pair: House,
 # -- F13: the race of every pool -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 async def test_f13_two_thousand_requests_while_the_provider_closes_connections_lose_none(
     pair: House, upstream: Upstream, fallback: Upstream
 ) -> None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from django.conf import settings
+
 from audit.changes import changes
+from providers import crypto, keyring
 from providers.active import Target, set_active
 from providers.keys import write_default
-from providers.models import ActiveProvider, Provider, UpstreamModel
+from providers.models import ActiveProvider, Keyring, Provider, UpstreamModel
 from proxy.keys import give_secret
 from proxy.models import GatewayKey
+
+
+def wrap_lightly() -> None:
+    """Wrap the stored keyring anew under its key, with one round."""
+    wrap = crypto.wrap(keyring.current(), settings.PENSTOCK_ENCRYPTION_KEY, rounds=1)
+    Keyring.objects.update(wraps=[{"salt": wrap.salt, "rounds": wrap.rounds, "blob": wrap.blob}])
 
 
 def provide(text: str) -> None:
