@@ -16,13 +16,14 @@ from providers.hardening import prctl
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _RESPAWN_SECONDS = 0.2  # So that workers that die at once do not keep a processor busy.
+_RETRY_SECONDS = 2.0  # After one that could not start.
 
 
 class Workers:
     """``count`` forked processes that each run ``work`` and share ``sock``.
 
-    A worker that dies is replaced; one that could not start ends them all. SIGTERM and SIGINT are passed on, and then
-    the workers drain. uvicorn's own supervisor pickles and spawns, notices a death late, runs its stock server, and
+    A worker that dies is replaced. One of the first that could not start ends them all; one that comes later is tried again,
+    since the others still serve: the database may be away. SIGTERM and SIGINT are passed on, and then the workers drain. uvicorn's own supervisor pickles and spawns, notices a death late, runs its stock server, and
     leaves its workers listening when it is killed.
     """
 
@@ -45,15 +46,17 @@ class Workers:
             signal.signal(number, self._stop)
         code = 0
         self._fill()
+        first = frozenset(self._pids)
         while self._pids:
             pid, status = os.wait()
             self._pids.discard(pid)
             self._ended(pid)
-            if os.waitstatus_to_exitcode(status) == STARTUP_FAILURE and not self._stopping:
+            could_not_start = os.waitstatus_to_exitcode(status) == STARTUP_FAILURE
+            if could_not_start and pid in first and not self._stopping:
                 code = STARTUP_FAILURE
                 self._stop()
             elif not self._stopping:
-                time.sleep(_RESPAWN_SECONDS)
+                time.sleep(_RETRY_SECONDS if could_not_start else _RESPAWN_SECONDS)
                 self._fill()
         return code
 
@@ -61,7 +64,10 @@ class Workers:
         self._stopping = True
         self._sock.close()  # Ours must go too, or newcomers would wait in a queue that nobody takes from.
         for pid in self._pids:
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # It has ended by itself, and is about to be noticed.
+                os.kill(pid, signal.SIGTERM)
 
     def _fill(self) -> None:
         while True:

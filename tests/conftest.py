@@ -28,16 +28,22 @@ _numbers = itertools.count()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Who starts processes shares them with the other tests of his module, and so with their worker.
+    """Who starts processes shares them with the other tests of his module, and so with their worker; but who leaves an emptied
+    database behind comes when nobody of his worker needs one any more, which is last.
 
     What has nothing to do with a database is run once, whichever there is (see the marker in pyproject.toml).
     """
     folder = item.path.relative_to(Path(__file__).parent).parts[0]
     starting = not STARTING.isdisjoint(vars(getattr(item, "module", None)))
-    if starting and item.get_closest_marker("xdist_group") is None:
+    if starting and not _empties_the_database(item) and item.get_closest_marker("xdist_group") is None:
         item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if folder in WITHOUT_A_DATABASE and not (starting or _asks_for_a_database(item)):
         item.add_marker(pytest.mark.no_database)
+
+
+def _empties_the_database(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("django_db")
+    return marker is not None and bool(marker.kwargs.get("transaction"))
 
 
 def _asks_for_a_database(item: pytest.Item) -> bool:
@@ -118,8 +124,7 @@ def _emptying_is_allowed(request: pytest.FixtureRequest) -> Iterator[None]:
 
     They are made again after it, as after every migrate.
     """
-    marker = request.node.get_closest_marker("django_db")
-    if marker is None or not marker.kwargs.get("transaction"):
+    if not _empties_the_database(request.node):
         yield
         return
     request.getfixturevalue("transactional_db")

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from config.workers import Workers
+
 pytestmark = pytest.mark.no_database
 
 TOY = Path(__file__).with_name("toy_server.py")
@@ -740,6 +742,32 @@ def test_a_killed_worker_is_replaced_and_all_drain_when_the_parent_is_told(serve
         until(lambda: not answers(toy), seconds=1.5)  # The stream takes two seconds.
         assert toy.process.wait(timeout=10) == 0
         assert b"[DONE]" in read_to_end(sock)
+
+
+def test_a_replacement_that_cannot_start_is_tried_again_while_the_others_serve(
+    serve: Callable[..., Toy], tmp_path: Path
+) -> None:
+    away = tmp_path / "away"
+    toy = serve(workers=2, away=str(away))
+    until(lambda: len(children(toy.process.pid)) == 2)
+    victim, other = children(toy.process.pid)
+    away.touch()
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: len(away.read_text()) >= 2)
+    assert other in children(toy.process.pid)
+    assert answers(toy)
+    away.unlink()
+    until(lambda: len(children(toy.process.pid)) == 2)
+    toy.process.send_signal(signal.SIGTERM)
+    assert toy.process.wait(timeout=10) == 0
+
+
+def test_a_stop_that_comes_while_a_worker_ends_by_itself_is_no_error() -> None:
+    workers = Workers(lambda: None, count=1, sock=socket.socket())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    workers._pids.add(gone.pid)
+    workers._stop()
 
 
 def test_workers_do_not_outlive_a_killed_parent(serve: Callable[..., Toy]) -> None:

@@ -1,6 +1,7 @@
 """A small ASGI application behind the real server, as a process of its own: `python toy_server.py '<json>'`.
 
-The one argument holds `limits` (fields of Limits), `workers`, and `fail` (start-up fails with this message).
+The one argument holds `limits` (fields of Limits), `workers`, `fail` (start-up fails with this message) and `away` (a file;
+while it exists, start-up fails, and writes a byte into it).
 The port is printed as the first line.
 """
 
@@ -55,6 +56,11 @@ async def lifespan(receive: Any, send: Any) -> None:
         raise RuntimeError(OPTIONS["raise"])
     if "fail" in OPTIONS:
         await send({"type": "lifespan.startup.failed", "message": OPTIONS["fail"]})
+        return
+    if (away := Path(OPTIONS.get("away", "/nowhere"))).exists():
+        with away.open("a") as tried:
+            tried.write("x")
+        await send({"type": "lifespan.startup.failed", "message": "the database is away"})
         return
     await send({"type": "lifespan.startup.complete"})
     await receive()

@@ -29,8 +29,6 @@ from tests.support.rows import settled_usage_rows
 from tests.support.told import CHAT, Told, question
 from tests.support.upstream import Upstream
 
-pytestmark = pytest.mark.xdist_group("chaos")
-
 PROVIDERS = 8
 """Whose answers are chaos: several, so that an open circuit leaves the others to be met."""
 

@@ -25,7 +25,7 @@ from tests.support.postgres import Postgres
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
-pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.timeout(120)]
+pytestmark = pytest.mark.timeout(120)
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/v1/chat/completions"
@@ -94,7 +94,7 @@ def console(gateway: Gateway) -> Iterator[httpx.Client]:
         }
         assert client.post("/admin/login/", data=form).status_code == 302
         client.headers["x-csrftoken"] = client.cookies["csrftoken"]
-        newest = client.get("/api/v1/audit?page_size=1").json()["results"][0]["seq"]
+        newest = client.get("/api/v1/audit?page_size=1").json()["results"][0]["id"]
         # While it reads the configuration anew, the gateway is patient with its database.
         wait(lambda: configuration_of(client) >= newest, "the login has not arrived")
         yield client

@@ -29,7 +29,7 @@ from tests.support.rows import usage_rows
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
-pytestmark = [pytest.mark.xdist_group("ledger"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 TOKENS = 10
 """Of each answer, a nano-dollar each."""

@@ -13,7 +13,7 @@ from tests.support.gateway import Gateway
 from tests.support.rows import settled_usage_rows
 from tests.support.upstream import Upstream
 
-pytestmark = [pytest.mark.no_database, pytest.mark.xdist_group("prices")]
+pytestmark = pytest.mark.no_database
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "model": "auto", "stream": True}
 BILLS = """
 import json

@@ -19,7 +19,7 @@ from tests.support.told import CHAT
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
-pytestmark = [pytest.mark.no_database, pytest.mark.xdist_group("redis"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.no_database, pytest.mark.timeout(400)]
 
 TOKENS = 5
 """Of each answer, a nano-dollar each."""

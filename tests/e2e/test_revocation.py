@@ -17,7 +17,7 @@ from tests.support.gateway import Gateway
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
-pytestmark = [pytest.mark.no_database, pytest.mark.xdist_group("life")]
+pytestmark = pytest.mark.no_database
 
 WAYS = {
     "revoked": "revoke(key)",

@@ -22,7 +22,7 @@ from tests.support.rows import settled_usage_rows
 from tests.support.told import CHAT, Told, question
 from tests.support.upstream import Upstream
 
-pytestmark = [pytest.mark.xdist_group("rolling"), pytest.mark.timeout(180), pytest.mark.no_database]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.no_database]
 
 RATE = 50
 MOST_SECONDS = 60

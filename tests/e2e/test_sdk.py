@@ -13,7 +13,7 @@ import pytest
 from tests.support.gateway import Gateway
 from tests.support.llama import Llama, must_call_a_tool
 
-pytestmark = [pytest.mark.xdist_group("sdk"), pytest.mark.no_database]
+pytestmark = pytest.mark.no_database
 
 HELLO: Any = [{"role": "user", "content": "Say something"}]
 TOOLS: Any = [

@@ -16,6 +16,7 @@ from providers.models import Provider
 from proxy.configuration import document
 from tests.support.configuration import CANARY
 from tests.support.gateway import Gateway
+from tests.support.installation import fresh_secrets
 
 pytestmark = pytest.mark.django_db
 
@@ -119,7 +120,9 @@ print(authenticate({key!r}, snapshot.build().callers, settings.PENSTOCK_PEPPERS)
 
 @pytest.fixture
 def first() -> Iterator[Gateway]:
-    with Gateway(start=False) as gateway:
+    # With a key of its own its keyring is wrapped as in real life; a restore takes no weaker one.
+    key = fresh_secrets()["PENSTOCK_ENCRYPTION_KEY"]
+    with Gateway(start=False, env={"PENSTOCK_ENCRYPTION_KEY": key}) as gateway:
         yield gateway
 
 
