@@ -748,16 +748,16 @@ def test_a_replacement_that_cannot_start_is_tried_again_while_the_others_serve(
     serve: Callable[..., Toy], tmp_path: Path
 ) -> None:
     away = tmp_path / "away"
-    toy = serve(workers=2, away=str(away))
-    until(lambda: len(children(toy.process.pid)) == 2)
+    toy = serve(workers=2, notes=str(tmp_path))
+    until(lambda: len(list(tmp_path.glob("started-*"))) == 2)
     victim, other = children(toy.process.pid)
     away.touch()
     os.kill(victim, signal.SIGKILL)
-    until(lambda: len(away.read_text()) >= 2)
+    until(lambda: len(list(tmp_path.glob("failed-*"))) == 2)
     assert other in children(toy.process.pid)
     assert answers(toy)
     away.unlink()
-    until(lambda: len(children(toy.process.pid)) == 2)
+    until(lambda: len(list(tmp_path.glob("started-*"))) == 3)
     toy.process.send_signal(signal.SIGTERM)
     assert toy.process.wait(timeout=10) == 0
 

@@ -1,12 +1,13 @@
 """A small ASGI application behind the real server, as a process of its own: `python toy_server.py '<json>'`.
 
-The one argument holds `limits` (fields of Limits), `workers`, `fail` (start-up fails with this message) and `away` (a file;
-while it exists, start-up fails, and writes a byte into it).
+The one argument holds `limits` (fields of Limits), `workers`, `fail` (start-up fails with this message) and `notes` (a folder
+in which each process leaves a file `started-<id>`, or `failed-<id>` while there is one called `away`).
 The port is printed as the first line.
 """
 
 import asyncio
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -57,11 +58,13 @@ async def lifespan(receive: Any, send: Any) -> None:
     if "fail" in OPTIONS:
         await send({"type": "lifespan.startup.failed", "message": OPTIONS["fail"]})
         return
-    if (away := Path(OPTIONS.get("away", "/nowhere"))).exists():
-        with away.open("a") as tried:
-            tried.write("x")
-        await send({"type": "lifespan.startup.failed", "message": "the database is away"})
-        return
+    if "notes" in OPTIONS:
+        notes = Path(OPTIONS["notes"])
+        away = (notes / "away").exists()
+        (notes / f"{'failed' if away else 'started'}-{os.getpid()}").touch()
+        if away:
+            await send({"type": "lifespan.startup.failed", "message": "the database is away"})
+            return
     await send({"type": "lifespan.startup.complete"})
     await receive()
     print("lifespan ended", flush=True)
