@@ -54,6 +54,7 @@ def test_admin_without_a_slash_leads_to_the_admin(client: Client) -> None:
     assert (answer.status_code, answer["Location"]) == (302, "/admin/")
 
 
+@pytest.mark.no_database
 @pytest.mark.parametrize("program", ["worker", "beat"])
 def test_f22_a_celery_process_that_finds_no_database_ends_with_one_line(program: str) -> None:
     with Gateway(database="sqlite", start=False) as gateway:

@@ -29,6 +29,8 @@ from tests.support.rows import settled_usage_rows
 from tests.support.told import CHAT, Told, question
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 PROVIDERS = 8
 """Whose answers are chaos: several, so that an open circuit leaves the others to be met."""
 

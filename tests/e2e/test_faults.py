@@ -25,7 +25,8 @@ from tests.support.postgres import Postgres
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
-pytestmark = pytest.mark.timeout(120)
+# Each of them says which database it is about.
+pytestmark = [pytest.mark.timeout(120), pytest.mark.no_database]
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/v1/chat/completions"

@@ -11,6 +11,8 @@ from django.urls import URLPattern, URLResolver, get_resolver
 from tests.support.gateway import Gateway
 from tests.support.upstream import Upstream
 
+pytestmark = pytest.mark.no_database
+
 METHODS = ("GET", "POST", "OPTIONS")
 DATA_PLANE = [
     "/v1/models",

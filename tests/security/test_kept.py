@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import redis
 
 from tests.support.answers import ok
@@ -13,6 +14,8 @@ from tests.support.gateway import Gateway
 from tests.support.rows import all_rows, files_with, spellings
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
+
+pytestmark = pytest.mark.no_database
 
 ASKED = "CANARY-asked-7f3a91c2"
 SAID = "CANARY-said-e05b44d8"

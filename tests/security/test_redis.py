@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 
 from tests.support.gateway import Gateway
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
+
+pytestmark = pytest.mark.no_database
 
 HELLO = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 STRANGER = "pen_live_0000000000" + "0" * 32 + "_000000"

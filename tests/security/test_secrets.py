@@ -23,6 +23,8 @@ from tests.support.rows import spellings
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
+pytestmark = pytest.mark.no_database
+
 DUMPABLE = Path(__file__).parent / "dumpable"
 HELLO = {"messages": [{"role": "user", "content": "hi"}]}
 

@@ -26,6 +26,8 @@ from tests.support.processes import Process, StartFailed, descendants, runs
 from tests.support.upstream import Trap, Upstream
 from tests.support.valkey import Valkey
 
+pytestmark = pytest.mark.no_database
+
 WEATHER = {
     "type": "function",
     "function": {
