@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -13,6 +14,7 @@ import pytest
 from django.conf import settings
 from django.contrib.auth.models import Group, User
 from django.db import connection
+from httpx._transports import default
 
 from audit.changes import changes
 from audit.triggers import lift_triggers
@@ -25,6 +27,10 @@ STARTING = frozenset({"Gateway", "Installation", "Process", "subprocess"})
 
 
 _numbers = itertools.count()
+
+# Every client would read all certificates of the world, which takes longer than most of what it is then used for.
+_httpx: Any = default
+_httpx.create_ssl_context = functools.cache(_httpx.create_ssl_context)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -55,6 +61,12 @@ def pytest_collection_finish() -> None:
     """What is loaded by now stays: walking all of it again and again would show in tests that measure time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def django_db_keepdb() -> bool:
+    """The server, or the folder, goes with the session."""
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 import secrets
 import signal
@@ -22,6 +21,7 @@ import pytest
 from tests.support import answers, soak
 from tests.support.gateway import Gateway
 from tests.support.postgres import Postgres
+from tests.support.rows import usage_rows
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
@@ -58,17 +58,9 @@ def well_formed_key() -> str:
 
 def records(gateway: Gateway) -> list[str]:
     """The request ids of all usage records; a doubled one is an error."""
-    code = (
-        "import json; from proxy.models import UsageRecord; "
-        "print(json.dumps(list(UsageRecord.objects.values_list('request_id', flat=True))))"
-    )
-    found: list[str] = json.loads(gateway.shell(code).splitlines()[-1])
+    found = [str(row["request_id"]) for row in usage_rows(gateway)]
     assert len(set(found)) == len(found)
     return found
-
-
-def count(gateway: Gateway) -> int:
-    return int(gateway.shell("from proxy.models import UsageRecord; print(UsageRecord.objects.count())"))
 
 
 def administrator(gateway: Gateway) -> None:
@@ -354,7 +346,7 @@ def assert_never_locked(*, streams: int, seconds: float) -> None:
             whole = [each for one in running for each in one.result(60)]
         assert edits and set(edits) == {200}
         assert len(whole) >= streams and all(whole)
-        wait(lambda: count(gateway) == len(whole), "usage records were lost", 20)
+        wait(lambda: len(usage_rows(gateway)) == len(whole), "usage records were lost", 20)
         locked = gateway.logs().count("database is locked")
         soak.say(seconds=seconds, streams=len(whole), edits=len(edits), records=len(whole), locked=locked)
         assert not locked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import pytest
 from tests.support import answers
 from tests.support.gateway import Gateway
 from tests.support.llama import Llama
+from tests.support.rows import usage_rows
 from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
@@ -24,13 +24,10 @@ HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 
 def statuses(gateway: Gateway) -> dict[str, str]:
     """The status of every usage record, by request id; a doubled one is an error."""
-    code = (
-        "import json; from proxy.models import UsageRecord; "
-        "print(json.dumps(list(UsageRecord.objects.values_list('request_id', 'status'))))"
-    )
-    rows = json.loads(gateway.shell(code).splitlines()[-1])
-    assert len({name for name, _ in rows}) == len(rows)
-    return dict(rows)
+    rows = usage_rows(gateway)
+    found = {row["request_id"]: str(row["status"]) for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 def wait(condition: Any, what: str, seconds: float = 20) -> Any:
@@ -243,7 +240,7 @@ def test_r01_no_secret_is_anywhere_but_where_it_is_used() -> None:
             answers_seen.append(client.get("/v1/models").content)
             answers_seen.append(client.get("/metrics").content)
         assert upstream.ledger.asked[0].headers["authorization"] == f"Bearer {provider_key}"
-        wait(lambda: len(statuses_list(gateway)) >= 3, "records are missing")
+        wait(lambda: len(usage_rows(gateway)) >= 3, "records are missing")
         dump = gateway.manage("dumpdata", "--natural-foreign").encode()
         files = b"".join(path.read_bytes() for path in gateway.data_dir.rglob("*") if path.is_file())
         places = {
@@ -255,9 +252,3 @@ def test_r01_no_secret_is_anywhere_but_where_it_is_used() -> None:
         for place, content in places.items():
             for secret in (provider_key, key, key[19:51], gateway.env["PENSTOCK_ENCRYPTION_KEY"]):
                 assert not any(form in content for form in forms(secret)), f"a secret is in the {place}"
-
-
-def statuses_list(gateway: Gateway) -> list[str]:
-    code = "import json; from proxy.models import UsageRecord; print(json.dumps(list(UsageRecord.objects.values_list('status', flat=True))))"
-    found: list[str] = json.loads(gateway.shell(code).splitlines()[-1])
-    return found
