@@ -94,10 +94,23 @@ def asked(
 
 def lines(sums: QuerySet[UsageHour], report: Asked, *, most: int) -> list[Line]:
     """The lines of a report, by bucket and then the largest first. TooManyLines when there are more than `most`."""
+    return [_line(report, row) for row in _rows(sums, report, most=most)]
+
+
+def lines_and_totals(sums: QuerySet[UsageHour], report: Asked, *, most: int) -> tuple[list[Line], Line]:
+    """The same, and what it comes to: `totals` without a second look at a hundred thousand sums."""
+    rows, whole = _rows(sums, report, most=most), Asked(report.since, report.until)
+    measures = [row[len(report.columns) :] for row in rows]
+    added = tuple(sum(row[n] or 0 for row in measures) for n in range(len(_measured())))
+    return [_line(report, row) for row in rows], _line(whole, added)
+
+
+def _rows(sums: QuerySet[UsageHour], report: Asked, *, most: int) -> list[tuple[Any, ...]]:
+    """Columns and measures of each line."""
     found = list(_grouped(sums, report)[: most + 1])
     if len(found) > most:
         raise TooManyLines
-    return [_line(report, row) for row in found]
+    return found
 
 
 def line_by_line(sums: QuerySet[UsageHour], report: Asked, *, most: int) -> Iterator[list[Line]]:

@@ -234,7 +234,7 @@ class Usage(Door):
                 return exports.download(
                     request._request, "usage-summary.csv", columns=report.names, pieces=pieces
                 )
-            found = reports.lines(sums, report, most=MOST_LINES)
+            found, totals = reports.lines_and_totals(sums, report, most=MOST_LINES)
         except reports.TooManyLines as error:
             message = f"More than {MOST_LINES:,} lines: ask for a shorter period, fewer groups, or CSV."
             raise serializers.ValidationError({"group_by": [message]}) from error
@@ -245,7 +245,7 @@ class Usage(Door):
             "bucket": report.bucket,
             "group_by": report.group_by,
             "results": found,
-            "totals": reports.totals(sums, report),
+            "totals": totals,
         }
         return Response(answer)
 
