@@ -56,13 +56,18 @@ def administrator() -> Callable[[Gateway], httpx.Client]:
     return log_in
 
 
-def log_in(gateway: Gateway) -> httpx.Client:
+def make_root(gateway: Gateway) -> None:
+    """An administrator called root."""
     gateway.shell(
         "from django.contrib.auth.models import User\n"
         "from audit.changes import changes\n"
         "with changes(actor=None, via='system'):\n"
         f"    User.objects.create_superuser('root', 'root@example.com', {PASSWORD!r})\n"
     )
+
+
+def log_in(gateway: Gateway) -> httpx.Client:
+    make_root(gateway)
     with gateway.client() as client:
         answer = client.post("/api/v1/auth/token", json={"username": "root", "password": PASSWORD})
     return gateway.client(answer.json()["access"])
