@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from django.conf import settings
 from django.contrib.auth.models import Group, User
@@ -27,6 +28,12 @@ STARTING = frozenset({"Gateway", "Installation", "Process", "subprocess"})
 
 
 _numbers = itertools.count()
+
+# How fast inputs are made says something about what else this machine does, and nothing about us.
+hypothesis.settings.register_profile(
+    "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("shared machine")
 
 # Every client would read all certificates of the world, which takes longer than most of what it is then used for.
 _httpx: Any = default
