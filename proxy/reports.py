@@ -53,6 +53,14 @@ Line = dict[str, Any]
 """Bucket and names as asked for, then MEASURES."""
 
 
+class UtcDay(TruncDay):
+    """The day (UTC) of an hour. SQLite's dates are texts, and it can cut them itself; Django would ask Python for each row."""
+
+    def as_sqlite(self, compiler: Any, connection: Any, **extra: Any) -> tuple[str, Any]:
+        text, params = compiler.compile(self.lhs)
+        return f"strftime('%%Y-%%m-%%d 00:00:00', {text})", params
+
+
 class TooManyLines(Exception):
     """A report that nobody could read, and that would not fit into memory."""
 
@@ -140,7 +148,7 @@ def _within(sums: QuerySet[UsageHour], report: Asked) -> QuerySet[UsageHour]:
 def _grouped(sums: QuerySet[UsageHour], report: Asked) -> Any:
     rows: Any = _within(sums, report)
     if report.bucket:
-        bucket = TruncDay("hour", tzinfo=UTC) if report.bucket == "day" else F("hour")
+        bucket = UtcDay("hour", tzinfo=UTC) if report.bucket == "day" else F("hour")
         rows = rows.annotate(bucket=bucket)
     if not report.columns:
         # Without anything to tell apart, one line is all there is.
