@@ -26,7 +26,7 @@ from tests.support.upstream import Upstream
 from tests.support.valkey import Valkey
 
 # Each of them says which database it is about.
-pytestmark = [pytest.mark.timeout(120), pytest.mark.no_database]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.no_database]
 
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}]}
 CHAT = "/v1/chat/completions"

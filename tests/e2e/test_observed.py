@@ -81,9 +81,16 @@ def test_each_worker_tells_of_the_requests_of_both(gateway: Gateway, root: httpx
     assert "POST /api/v1/auth/token" in answers[-1]["endpoints"]
 
 
+def move_the_head(root: httpx.Client, name: str) -> None:
+    """One more audit entry: where the head stands as before, the task says nothing."""
+    body = {"name": name, "kind": "vllm", "base_url": "http://127.0.0.1:9"}
+    assert root.post("/api/v1/servers", json=body).status_code == 201
+
+
 def test_a_task_and_its_lines_belong_to_the_request_that_started_it(
     gateway: Gateway, root: httpx.Client
 ) -> None:
+    move_the_head(root, "first")
     gateway.shell(
         "import config.celery\n"
         "from audit.request_ids import within\n"
@@ -102,9 +109,7 @@ def test_a_task_and_its_lines_belong_to_the_request_that_started_it(
 
 
 def test_a_task_of_nobody_has_an_id_of_its_own(gateway: Gateway, root: httpx.Client) -> None:
-    root.post(
-        "/api/v1/servers", json={"name": "moves the head", "kind": "vllm", "base_url": "http://127.0.0.1:9"}
-    )
+    move_the_head(root, "second")
     gateway.shell("import config.celery; from audit.tasks import anchor_head; anchor_head.delay()")
 
     def ids() -> Any:

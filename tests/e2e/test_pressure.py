@@ -25,7 +25,7 @@ from tests.support.stalled import endless, stalled_reader
 from tests.support.told import CHAT, listen, question
 from tests.support.upstream import Upstream
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.no_database]
+pytestmark = [pytest.mark.timeout(240), pytest.mark.no_database]
 
 MIB = 1024 * 1024
 TICKS = os.sysconf("SC_CLK_TCK")
