@@ -17,11 +17,13 @@ from celery.signals import (
     worker_init,
     worker_process_init,
 )
+from django.apps import apps
 
 from audit.request_ids import REQUEST_ID, request_id_from
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-gc.disable()  # until all is loaded (config/apps.py)
+if not apps.ready:
+    gc.disable()  # until all is loaded (config/apps.py)
 
 app = Celery("penstock")
 app.config_from_object("django.conf:settings", namespace="CELERY")

@@ -22,9 +22,10 @@ _RETRY_SECONDS = 2.0  # After one that could not start.
 class Workers:
     """``count`` forked processes that each run ``work`` and share ``sock``.
 
-    A worker that dies is replaced. One of the first that could not start ends them all; one that comes later is tried again,
-    since the others still serve: the database may be away. SIGTERM and SIGINT are passed on, and then the workers drain. uvicorn's own supervisor pickles and spawns, notices a death late, runs its stock server, and
-    leaves its workers listening when it is killed.
+    A worker that dies is replaced. One of the first that could not start ends them all; one that comes later is tried
+    again, since the others still serve: the database may be away. SIGTERM and SIGINT are passed on, and then the workers
+    drain. uvicorn's own supervisor pickles and spawns, notices a death late, runs its stock server, and leaves its
+    workers listening when it is killed.
     """
 
     def __init__(
@@ -64,9 +65,8 @@ class Workers:
         self._stopping = True
         self._sock.close()  # Ours must go too, or newcomers would wait in a queue that nobody takes from.
         for pid in self._pids:
-            with contextlib.suppress(
-                ProcessLookupError
-            ):  # It has ended by itself, and is about to be noticed.
+            # One may have ended by itself, and is about to be noticed.
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
     def _fill(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -19,7 +20,7 @@ from proxy.models import GatewayKey
 def wrap_lightly() -> None:
     """Wrap the stored keyring anew under its key, with one round."""
     wrap = crypto.wrap(keyring.current(), settings.PENSTOCK_ENCRYPTION_KEY, rounds=1)
-    Keyring.objects.update(wraps=[{"salt": wrap.salt, "rounds": wrap.rounds, "blob": wrap.blob}])
+    Keyring.objects.update(wraps=[dataclasses.asdict(wrap)])
 
 
 def provide(text: str) -> None:
