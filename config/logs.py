@@ -120,7 +120,6 @@ def configuration(*, level: str, style: str, file: str = "") -> dict[str, Any]:
             "httpx": {"level": "WARNING"},
             "httpcore": {"level": "WARNING"},
             "asyncio": {"level": "WARNING"},
-            "aiohttp": {"level": "WARNING"},
             "kombu": {"level": "WARNING"},
             "amqp": {"level": "WARNING"},
             "celery.beat": {"level": "WARNING"},

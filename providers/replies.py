@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Protocol
 from urllib.parse import quote
 
-import aiohttp
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from providers import errors, sse
@@ -16,8 +15,6 @@ from providers.crypto import DOTS, Secret
 from providers.wire import Answer
 
 MAX_ERROR_BYTES = 65_536
-FEW_PIECES = 4
-"""Of fewer it makes no difference how they are read."""
 ECHO_PAUSE = 0.02
 """Seconds between the words of a local answer, so that one can see it stream."""
 
@@ -42,43 +39,31 @@ class Reply(Protocol):
         ...
 
 
-class HttpReply:
-    """A reply that comes over the network. With a `secret`, the body is an error's, and is cleaned of it."""
+class ErrorReply:
+    """An error's reply, cleaned of the secret that upstreams like to repeat there (R53)."""
 
-    __slots__ = ("_cut_off", "_response", "_secret", "headers", "status")
+    __slots__ = ("_reply", "_secret", "headers", "status")
 
-    def __init__(self, response: aiohttp.ClientResponse, secret: Secret | None) -> None:
-        self._response = response
-        self._secret = secret
-        self._cut_off = False
-        self.status = response.status
-        self.headers: Mapping[str, str] = response.headers
+    def __init__(self, reply: Reply, secret: Secret) -> None:
+        self._reply = reply
+        self._secret: Secret | None = secret
+        self.status = reply.status
+        self.headers = reply.headers
 
     async def read(self) -> bytes:
-        if self._secret is not None:
-            return await self._read_error()
-        return b"" if self._cut_off else await self._some()
-
-    async def _some(self) -> bytes:
-        try:
-            return await _read_pieces(self._response.content)
-        except (aiohttp.ClientError, OSError) as error:
-            raise errors.Interrupted(detail=words(error)) from error
-
-    async def _read_error(self) -> bytes:
-        """All of an error's text that anybody needs, at once: cut into pieces the secret could slip through a seam."""
+        """All of its text that anybody needs, at once: cut into pieces the secret could slip through a seam."""
+        if self._secret is None:
+            return await self._reply.read()
+        secret, self._secret = self._secret, None
         body = bytearray()
-        while len(body) < MAX_ERROR_BYTES and (part := await self._some()):
+        while len(body) < MAX_ERROR_BYTES and (part := await self._reply.read()):
             body += part
         if len(body) >= MAX_ERROR_BYTES:
-            self._cut_off = True
-            self._response.close()
-        secret, self._secret = self._secret, None
+            self._reply.close()
         return redact(bytes(body), secret)[:MAX_ERROR_BYTES]
 
     def close(self) -> None:
-        self._secret = None
-        self._response.close()
+        self._reply.close()
 
 
 class LocalReply:
@@ -100,28 +85,6 @@ class LocalReply:
 
     def close(self) -> None:
         self._parts.clear()
-
-
-async def _read_pieces(content: aiohttp.StreamReader) -> bytes:
-    """What has arrived, once something has; `b""` at the end.
-
-    aiohttp's `readany()` takes one HTTP chunk after the other and asks for more after each: of a stream that is one for each
-    token, which made a fifth of what the whole stream cost. There is no public way to take them at once.
-    """
-    if content.at_eof():
-        return b""
-    while not (content._buffer or content._eof or content._exception):
-        await content._wait("read")
-    if content._exception is not None or content._buffer_offset or len(content._buffer) < FEW_PIECES:
-        return await content.readany()
-    data = b"".join(content._buffer)
-    content._buffer.clear()
-    content._size = 0
-    content._cursor += len(data)
-    if content._http_chunk_splits is not None:
-        content._http_chunk_splits.clear()
-    content._protocol.resume_reading()
-    return data
 
 
 async def read_bounded(reply: Reply, limit: int) -> bytes:

@@ -8,24 +8,22 @@ this one call, follow no redirect, take no compressed answer, and turn every for
 from __future__ import annotations
 
 import asyncio
-import functools
-import io
 import logging
 import ssl
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
-import aiohttp
 import httpx
 from django.conf import settings
 from multidict import CIMultiDict
 
 from providers import adapters, errors
-from providers.client import DIAL, Dial, Sessions, control_plane_client
+from providers.client import control_plane_client
+from providers.connections import Dial, Pools
 from providers.crypto import Secret
 from providers.destination import Policy
 from providers.own_addresses import OwnAddresses
-from providers.replies import HttpReply, LocalReply, Reply, read_bounded, redact, words
+from providers.replies import ErrorReply, LocalReply, Reply, read_bounded, redact, words
 from providers.secret_stores import store_of
 from providers.secret_stores.sealed import open_sealed
 from providers.wire import Answer, Credential, Endpoint, Kind, WireRequest, origin_of
@@ -33,7 +31,6 @@ from providers.wire import Answer, Credential, Endpoint, Kind, WireRequest, orig
 __all__ = ["Reply", "ask", "mapped", "open_secret", "read_bounded", "stream"]
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
-MAX_WRITE = 256 * 1024
 
 logger = logging.getLogger(__name__)
 _own_addresses = OwnAddresses()
@@ -42,7 +39,7 @@ _policies: dict[tuple[bool, bool], tuple[object, Policy]] = {}
 
 
 async def stream(
-    sessions: Sessions,
+    pools: Pools,
     endpoint: Endpoint,
     request: WireRequest,
     *,
@@ -64,62 +61,22 @@ async def stream(
     if request_id:
         headers.setdefault("x-request-id", request_id)
     try:
-        response = await _dial(sessions, endpoint, policy, request, headers, dial or Dial())
-    except (aiohttp.ClientError, OSError, errors.ProviderError, ssl.SSLError) as error:
+        response = await pools.get(policy, endpoint.ca_pem).request(
+            request.method,
+            request.url,
+            headers,
+            request.body,
+            connect=endpoint.timeouts.connect,
+            dial=dial or Dial(),
+        )
+    except OSError as error:
         raise mapped(error) from error
     try:
         _check_head(endpoint, response.status, response.headers)
     except errors.ProviderError:
         response.close()
         raise
-    return HttpReply(response, secret if response.status >= 300 else None)
-
-
-async def _dial(
-    sessions: Sessions,
-    endpoint: Endpoint,
-    policy: Policy,
-    request: WireRequest,
-    headers: CIMultiDict[str],
-    dial: Dial,
-) -> aiohttp.ClientResponse:
-    """Once, or twice when a pooled connection turns out to be closed before one byte of an answer came (F13)."""
-    DIAL.set(dial)
-    try:
-        return await _send(sessions.get(policy, endpoint.ca_pem), endpoint, request, headers)
-    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-        # Of an answer that had begun, aiohttp keeps the part of the head that came.
-        begun = isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
-        if begun or not dial.reused or isinstance(error, aiohttp.ClientConnectorError):
-            raise
-    return await _send(sessions.get(policy, endpoint.ca_pem, fresh=True), endpoint, request, headers)
-
-
-def _body(body: bytes | None) -> bytes | io.BytesIO | None:
-    """aiohttp writes bytes at once, and would hold up the loop with large ones; a file it sends in pieces."""
-    return io.BytesIO(body) if body is not None and len(body) > MAX_WRITE else body
-
-
-async def _send(
-    session: aiohttp.ClientSession,
-    endpoint: Endpoint,
-    request: WireRequest,
-    headers: CIMultiDict[str],
-) -> aiohttp.ClientResponse:
-    return await session.request(
-        request.method,
-        request.url,
-        data=_body(request.body),
-        headers=headers,
-        allow_redirects=False,
-        timeout=_connect_within(endpoint.timeouts.connect),
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def _connect_within(seconds: float) -> aiohttp.ClientTimeout:
-    """aiohttp rounds timeouts above the threshold up to whole seconds; ours are meant."""
-    return aiohttp.ClientTimeout(total=None, connect=seconds, sock_connect=seconds, ceil_threshold=1e9)
+    return response if secret is None or response.status < 300 else ErrorReply(response, secret)
 
 
 async def ask(
@@ -237,8 +194,6 @@ def _check_head(endpoint: Endpoint, status: int, headers: Mapping[str, str]) -> 
         location = _without_query(headers.get("Location", ""))
         logger.warning("upstream_redirect", extra={"provider": endpoint.slug, "location": location})
         raise errors.UpstreamRedirect(detail=f"HTTP {status} to {location}", upstream_status=status)
-    if status < 200:
-        raise errors.ProtocolError(detail=f"HTTP {status} is no answer", upstream_status=status)
     _check_encoding(headers)
 
 
@@ -254,12 +209,10 @@ def _without_query(location: str) -> str:
 
 
 _FOREIGN: tuple[tuple[tuple[type[BaseException], ...], type[errors.ProviderError]], ...] = (
-    ((aiohttp.ClientSSLError, aiohttp.ClientConnectorCertificateError, ssl.SSLError), errors.TlsError),
     ((TimeoutError, httpx.TimeoutException), errors.UpstreamTimeout),
-    ((aiohttp.InvalidURL, httpx.InvalidURL, httpx.UnsupportedProtocol), errors.DestinationNotAllowed),
-    ((aiohttp.ClientConnectionError, httpx.ConnectError, httpx.WriteError), errors.ConnectFailed),
-    ((aiohttp.ClientError, httpx.RemoteProtocolError, httpx.HTTPError), errors.ProtocolError),
-    ((OSError,), errors.ConnectFailed),
+    ((httpx.InvalidURL, httpx.UnsupportedProtocol), errors.DestinationNotAllowed),
+    ((httpx.ConnectError, httpx.WriteError, OSError), errors.ConnectFailed),
+    ((httpx.HTTPError,), errors.ProtocolError),
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
-from providers.client import Dial
+from providers.connections import Dial
 from providers.errors import Interrupted, ProviderError, Stalled
 from providers.wire import Usage
 from proxy import estimates, metrics

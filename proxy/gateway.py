@@ -11,7 +11,8 @@ from pathlib import Path
 
 from django.conf import settings
 
-from providers.client import Sessions, tls_context
+from providers.client import tls_context
+from providers.connections import Pools
 from proxy import metrics
 from proxy.auth import Caller
 from proxy.breaker import Breakers
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Gateway:
-    """watcher: configuration and weather. sessions: connections to providers. spool: the usage log on disk.
+    """watcher: configuration and weather. pools: connections to providers. spool: the usage log on disk.
 
     breakers, cache, cooldowns, retries, routes, limits, grants, registry, traffic: as their modules say.
     """
@@ -63,7 +64,7 @@ class Gateway:
         )
         self.retries = RetryBudget(lambda: self.registry.running)
         self.routes = ROUTES
-        self.sessions = Sessions()
+        self.pools = Pools()
 
     def conditions(self) -> Conditions:
         """What may not be dialled at this moment."""
@@ -99,7 +100,7 @@ class Gateway:
             with contextlib.suppress(asyncio.CancelledError):
                 await chore
         self.watcher.on_change = lambda: None
-        await self.sessions.close()
+        await self.pools.close()
         await self.limits.close()
         await asyncio.to_thread(self.watcher.stop)
         self.watcher.swap, self.watcher.opened = lambda: None, dict

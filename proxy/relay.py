@@ -220,7 +220,7 @@ async def _dial(gateway: Gateway, attempt: Attempt, body: Mapping[str, Any]) -> 
     endpoint = candidate.upstream.endpoint
     request = _chat(candidate).request(endpoint, body, candidate.model, attempt.call.chat.stream)
     return await upstream.stream(
-        gateway.sessions,
+        gateway.pools,
         endpoint,
         request,
         credential=candidate.credential,

@@ -19,7 +19,7 @@ import pytest
 import trustme
 import uvloop
 
-from providers import client, crypto, errors, replies, upstream
+from providers import connections, crypto, errors, replies, upstream
 from providers.adapters import KINDS
 from providers.destination import Policy
 from providers.wire import Answer, Credential, Endpoint, Timeouts, WireRequest
@@ -133,8 +133,8 @@ def keyring() -> Iterator[None]:
 
 
 @pytest.fixture
-async def sessions() -> AsyncIterator[client.Sessions]:
-    async with client.Sessions() as pool:
+async def pools() -> AsyncIterator[connections.Pools]:
+    async with connections.Pools() as pool:
         yield pool
 
 
@@ -143,7 +143,7 @@ async def quiet(exchange: Exchange) -> None:
 
 
 async def test_a_streamed_answer_arrives_piece_by_piece_with_the_key_and_without_compression(
-    sessions: client.Sessions,
+    pools: connections.Pools,
 ) -> None:
     go_on = asyncio.Event()
 
@@ -154,7 +154,7 @@ async def test_a_streamed_answer_arrives_piece_by_piece_with_the_key_and_without
 
     async with Server(handler).listening() as server:
         where = endpoint(server.port, headers=(("X-Team", "blue"),))
-        reply = await upstream.stream(sessions, where, question(where), credential=credential(where))
+        reply = await upstream.stream(pools, where, question(where), credential=credential(where))
         assert reply.status == 200
         assert await reply.read() == b"data: 1\n\n"
         go_on.set()
@@ -169,18 +169,18 @@ async def test_a_streamed_answer_arrives_piece_by_piece_with_the_key_and_without
     assert "cookie" not in seen
 
 
-async def test_a_connection_goes_back_to_the_pool_when_its_answer_was_read(sessions: client.Sessions) -> None:
+async def test_a_connection_goes_back_to_the_pool_when_its_answer_was_read(pools: connections.Pools) -> None:
     async with Server(quiet).listening() as server:
         where = endpoint(server.port)
         for _ in range(3):
-            reply = await upstream.stream(sessions, where, question(where), credential=None)
+            reply = await upstream.stream(pools, where, question(where), credential=None)
             await upstream.read_bounded(reply, 100)
             reply.close()
             reply.close()
         assert server.connections == 1
 
 
-async def test_closing_a_reply_drops_the_connection_at_once(sessions: client.Sessions) -> None:
+async def test_closing_a_reply_drops_the_connection_at_once(pools: connections.Pools) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.send(b"HTTP/1.1 200 OK\r\n\r\ndata: 1\n\n")
         while True:
@@ -189,13 +189,13 @@ async def test_closing_a_reply_drops_the_connection_at_once(sessions: client.Ses
 
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
-        reply = await upstream.stream(sessions, where, question(where), credential=None)
+        reply = await upstream.stream(pools, where, question(where), credential=None)
         await reply.read()
         reply.close()
         await asyncio.wait_for(server.closed.wait(), 1.0)
 
 
-async def test_cookies_of_an_answer_are_forgotten(sessions: client.Sessions) -> None:
+async def test_cookies_of_an_answer_are_forgotten(pools: connections.Pools) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.answer(b"{}", extra="Set-Cookie: a=b\r\n")
 
@@ -203,14 +203,14 @@ async def test_cookies_of_an_answer_are_forgotten(sessions: client.Sessions) -> 
         where = endpoint(server.port)
         for _ in range(2):
             await upstream.read_bounded(
-                await upstream.stream(sessions, where, question(where), credential=None), 9
+                await upstream.stream(pools, where, question(where), credential=None), 9
             )
         assert "cookie" not in server.exchanges[1].headers
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See", "307 Temporary", "308 Permanent"])
 async def test_r23_a_redirect_is_never_followed(
-    sessions: client.Sessions, status: str, caplog: pytest.LogCaptureFixture
+    pools: connections.Pools, status: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with Server(quiet).listening() as trap:
 
@@ -221,7 +221,7 @@ async def test_r23_a_redirect_is_never_followed(
         async with Server(handler).listening() as server:
             where = endpoint(server.port)
             with pytest.raises(errors.UpstreamRedirect) as caught:
-                await upstream.stream(sessions, where, question(where), credential=credential(where))
+                await upstream.stream(pools, where, question(where), credential=credential(where))
             answer = await ask(where, credential(where))
         assert answer.status == int(status[:3])
         assert trap.connections == 0
@@ -241,48 +241,48 @@ async def ask(where: Endpoint, key: Credential | None = None, **limits: Any) -> 
     "base_url", ["http://169.254.169.254/v1", "http://[::ffff:a9fe:a9fe]/v1", "http://0.0.0.0:80/v1"]
 )
 async def test_r19_a_metadata_address_is_refused_when_dialled(
-    sessions: client.Sessions, base_url: str
+    pools: connections.Pools, base_url: str
 ) -> None:
     where = endpoint(0, base_url=base_url)
     with pytest.raises(errors.DestinationNotAllowed):
-        await upstream.stream(sessions, where, question(where), credential=None)
+        await upstream.stream(pools, where, question(where), credential=None)
     with pytest.raises(errors.DestinationNotAllowed):
         await ask(where)
 
 
 @pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "127.1", "0177.0.0.1"])
-async def test_r22_other_spellings_of_an_address_reach_nothing(sessions: client.Sessions, host: str) -> None:
+async def test_r22_other_spellings_of_an_address_reach_nothing(pools: connections.Pools, host: str) -> None:
     async with Server(quiet).listening() as server:
         where = endpoint(0, kind="openai", allow_private=False, base_url=f"https://{host}:{server.port}/v1")
         with pytest.raises(errors.ProviderError):
-            await upstream.stream(sessions, where, question(where), credential=credential(where))
+            await upstream.stream(pools, where, question(where), credential=credential(where))
         with pytest.raises(errors.ProviderError):
             await ask(where, credential(where))
         assert server.connections == 0
 
 
-async def test_r20_a_vendor_may_not_dial_loopback_unless_the_row_allows_it(sessions: client.Sessions) -> None:
+async def test_r20_a_vendor_may_not_dial_loopback_unless_the_row_allows_it(pools: connections.Pools) -> None:
     async with Server(quiet).listening() as server:
         vendor = endpoint(server.port, kind="openai", allow_private=False)
         with pytest.raises(errors.DestinationNotAllowed):
-            await upstream.stream(sessions, vendor, question(vendor), credential=credential(vendor))
+            await upstream.stream(pools, vendor, question(vendor), credential=credential(vendor))
         with pytest.raises(errors.DestinationNotAllowed):
             await ask(vendor, credential(vendor))
         assert server.connections == 0
         allowed = replace(vendor, allow_private=True)
-        reply = await upstream.stream(sessions, allowed, question(allowed), credential=credential(allowed))
+        reply = await upstream.stream(pools, allowed, question(allowed), credential=credential(allowed))
         assert reply.status == 200
         reply.close()
 
 
-async def test_r20_our_own_listener_is_never_dialled(sessions: client.Sessions, settings: Any) -> None:
+async def test_r20_our_own_listener_is_never_dialled(pools: connections.Pools, settings: Any) -> None:
     async with Server(quiet).listening() as server:
         settings.HOST, settings.PORT = "127.0.0.1", server.port
         upstream._own_addresses._until = 0.0
         where = endpoint(server.port)
         try:
             with pytest.raises(errors.DestinationNotAllowed):
-                await upstream.stream(sessions, where, question(where), credential=None)
+                await upstream.stream(pools, where, question(where), credential=None)
             with pytest.raises(errors.DestinationNotAllowed):
                 await ask(where)
         finally:
@@ -309,14 +309,14 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
 
 async def test_r21_one_forbidden_record_refuses_all(
-    sessions: client.Sessions, names: dict[str, list[str]]
+    pools: connections.Pools, names: dict[str, list[str]]
 ) -> None:
     async with Server(quiet).listening() as server:
         for order in (["127.0.0.1", "169.254.169.254"], ["169.254.169.254", "127.0.0.1"]):
             names[f"mixed{len(order[0])}.example"] = order
             where = endpoint(0, base_url=f"http://mixed{len(order[0])}.example:{server.port}/v1")
             with pytest.raises(errors.DestinationNotAllowed):
-                await upstream.stream(sessions, where, question(where), credential=None)
+                await upstream.stream(pools, where, question(where), credential=None)
             with pytest.raises(errors.DestinationNotAllowed):
                 await ask(where)
         assert server.connections == 0
@@ -328,21 +328,21 @@ async def test_r21_a_name_that_moves_to_a_forbidden_address_is_refused_there(
     async with Server(quiet).listening() as server:
         where = endpoint(0, base_url=f"http://moving.example:{server.port}/v1")
         names["moving.example"] = ["127.0.0.1"]
-        async with client.Sessions() as sessions:
+        async with connections.Pools() as pools:
             await upstream.read_bounded(
-                await upstream.stream(sessions, where, question(where), credential=None), 99
+                await upstream.stream(pools, where, question(where), credential=None), 99
             )
             names["moving.example"] = ["169.254.169.254"]
-            for session in sessions._sessions.values():
-                session.connector.clear_dns_cache()  # type: ignore[union-attr]
+            for pool in pools._pools.values():
+                pool._look_ups.clear()
             # The pooled connection leads to where it was checked; a new one is checked anew.
             await upstream.read_bounded(
-                await upstream.stream(sessions, where, question(where), credential=None), 99
+                await upstream.stream(pools, where, question(where), credential=None), 99
             )
         assert server.connections == 1
-        async with client.Sessions() as sessions:
+        async with connections.Pools() as pools:
             with pytest.raises(errors.DestinationNotAllowed):
-                await upstream.stream(sessions, where, question(where), credential=None)
+                await upstream.stream(pools, where, question(where), credential=None)
         assert (await asyncio.gather(ask(where), return_exceptions=True))[
             0
         ].__class__ is errors.DestinationNotAllowed
@@ -350,20 +350,20 @@ async def test_r21_a_name_that_moves_to_a_forbidden_address_is_refused_there(
 
 
 async def test_f12_an_unknown_name_fails_at_once(
-    sessions: client.Sessions, names: dict[str, list[str]]
+    pools: connections.Pools, names: dict[str, list[str]]
 ) -> None:
     names["nowhere.example"] = []
     where = endpoint(0, base_url="https://nowhere.example/v1")
     started = time.monotonic()
     with pytest.raises(errors.ConnectFailed):
-        await upstream.stream(sessions, where, question(where), credential=None)
+        await upstream.stream(pools, where, question(where), credential=None)
     with pytest.raises(errors.ConnectFailed):
         await ask(where)
     assert time.monotonic() - started < 1.0
 
 
 async def test_f12_a_slow_name_server_holds_up_nobody_else(
-    sessions: client.Sessions, monkeypatch: pytest.MonkeyPatch
+    pools: connections.Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, release = socket.getaddrinfo, threading.Event()
 
@@ -376,10 +376,10 @@ async def test_f12_a_slow_name_server_holds_up_nobody_else(
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     slow = endpoint(0, base_url="https://slow.example/v1", timeouts=Timeouts(connect=0.3))
     async with Server(quiet).listening() as server:
-        waiting = asyncio.create_task(upstream.stream(sessions, slow, question(slow), credential=None))
+        waiting = asyncio.create_task(upstream.stream(pools, slow, question(slow), credential=None))
         where = endpoint(server.port)
         started = time.monotonic()
-        reply = await upstream.stream(sessions, where, question(where), credential=None)
+        reply = await upstream.stream(pools, where, question(where), credential=None)
         assert time.monotonic() - started < 0.25
         reply.close()
         with pytest.raises(errors.UpstreamTimeout):
@@ -396,12 +396,12 @@ async def test_f12_a_slow_name_server_holds_up_nobody_else(
     ],
 )  # fmt: skip
 async def test_r27_a_header_put_into_the_database_by_hand_is_never_sent(
-    sessions: client.Sessions, name: str, value: str
+    pools: connections.Pools, name: str, value: str
 ) -> None:
     async with Server(quiet).listening() as server:
         where = endpoint(server.port, headers=((name, value),))
         with pytest.raises(errors.HeaderNotAllowed) as caught:
-            await upstream.stream(sessions, where, question(where), credential=credential(where))
+            await upstream.stream(pools, where, question(where), credential=credential(where))
         with pytest.raises(errors.HeaderNotAllowed):
             await ask(where)
         assert caught.value.status == 502
@@ -409,7 +409,7 @@ async def test_r27_a_header_put_into_the_database_by_hand_is_never_sent(
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "gzip, gzip", "deflate"])
-async def test_r29_a_compressed_answer_is_refused_unread(sessions: client.Sessions, encoding: str) -> None:
+async def test_r29_a_compressed_answer_is_refused_unread(pools: connections.Pools, encoding: str) -> None:
     bomb = gzip.compress(b"0" * 10_000_000)
 
     async def handler(exchange: Exchange) -> None:
@@ -418,14 +418,14 @@ async def test_r29_a_compressed_answer_is_refused_unread(sessions: client.Sessio
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
         with pytest.raises(errors.ProtocolError, match=r".*") as caught:
-            await upstream.stream(sessions, where, question(where), credential=None)
+            await upstream.stream(pools, where, question(where), credential=None)
         with pytest.raises(errors.ProtocolError):
             await ask(where)
     assert "compressed" in caught.value.detail
 
 
 async def test_r30_a_body_above_its_limit_is_refused_and_the_connection_closed(
-    sessions: client.Sessions,
+    pools: connections.Pools,
 ) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n")
@@ -434,7 +434,7 @@ async def test_r30_a_body_above_its_limit_is_refused_and_the_connection_closed(
 
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
-        reply = await upstream.stream(sessions, where, question(where), credential=None)
+        reply = await upstream.stream(pools, where, question(where), credential=None)
         with pytest.raises(errors.ProtocolError):
             await upstream.read_bounded(reply, 1_000_000)
         await asyncio.wait_for(server.closed.wait(), 2.0)
@@ -443,7 +443,7 @@ async def test_r30_a_body_above_its_limit_is_refused_and_the_connection_closed(
 
 
 async def test_r53_an_upstream_that_repeats_our_key_in_its_error_tells_nobody(
-    sessions: client.Sessions,
+    pools: connections.Pools,
 ) -> None:
     half = len(SECRET) // 2
 
@@ -456,7 +456,7 @@ async def test_r53_an_upstream_that_repeats_our_key_in_its_error_tells_nobody(
 
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
-        reply = await upstream.stream(sessions, where, question(where), credential=credential(where))
+        reply = await upstream.stream(pools, where, question(where), credential=credential(where))
         body = await upstream.read_bounded(reply, 10_000)
         answer = await ask(where, credential(where))
     assert SECRET.encode() not in body
@@ -464,7 +464,7 @@ async def test_r53_an_upstream_that_repeats_our_key_in_its_error_tells_nobody(
     assert answer.body == body
 
 
-async def test_r30_of_a_huge_error_only_the_beginning_is_kept(sessions: client.Sessions) -> None:
+async def test_r30_of_a_huge_error_only_the_beginning_is_kept(pools: connections.Pools) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.send(b"HTTP/1.1 500 Oops\r\nContent-Length: 1000000000\r\n\r\n")
         while not exchange.writer.is_closing():
@@ -472,17 +472,17 @@ async def test_r30_of_a_huge_error_only_the_beginning_is_kept(sessions: client.S
 
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
-        reply = await upstream.stream(sessions, where, question(where), credential=credential(where))
+        reply = await upstream.stream(pools, where, question(where), credential=credential(where))
         assert len(await upstream.read_bounded(reply, 1_000_000)) == replies.MAX_ERROR_BYTES
 
 
-async def test_f01_a_closed_port_is_a_connect_failure_at_once(sessions: client.Sessions) -> None:
+async def test_f01_a_closed_port_is_a_connect_failure_at_once(pools: connections.Pools) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = endpoint(free.getsockname()[1])
         started = time.monotonic()
         with pytest.raises(errors.ConnectFailed):
-            await upstream.stream(sessions, where, question(where), credential=None)
+            await upstream.stream(pools, where, question(where), credential=None)
         with pytest.raises(errors.ConnectFailed):
             await ask(where)
     assert time.monotonic() - started < 0.5
@@ -502,10 +502,10 @@ def black_hole() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-async def test_f02_a_black_hole_is_given_up_at_the_connect_timeout(sessions: client.Sessions) -> None:
+async def test_f02_a_black_hole_is_given_up_at_the_connect_timeout(pools: connections.Pools) -> None:
     with black_hole() as port:
         where = endpoint(port, timeouts=Timeouts(connect=0.4))
-        for dial in (upstream.stream(sessions, where, question(where), credential=None), ask(where)):
+        for dial in (upstream.stream(pools, where, question(where), credential=None), ask(where)):
             started = time.monotonic()
             with pytest.raises(errors.UpstreamTimeout):
                 await dial
@@ -535,7 +535,7 @@ async def test_f02_a_silent_upstream_is_given_up_when_the_time_for_a_question_is
     ],
     ids=["binary", "status", "no-colon", "huge-header", "many-headers", "flood-100", "flood-103", "switch"],
 )  # fmt: skip
-async def test_f06_what_is_not_http_is_a_protocol_error(sessions: client.Sessions, garbage: bytes) -> None:
+async def test_f06_what_is_not_http_is_a_protocol_error(pools: connections.Pools, garbage: bytes) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.send(garbage)
         await asyncio.sleep(5)
@@ -544,23 +544,23 @@ async def test_f06_what_is_not_http_is_a_protocol_error(sessions: client.Session
         where = endpoint(server.port)
         with pytest.raises(errors.ProtocolError):
             async with asyncio.timeout(3):
-                await upstream.stream(sessions, where, question(where), credential=None)
+                await upstream.stream(pools, where, question(where), credential=None)
 
 
-async def test_f06_a_few_early_hints_are_no_flood(sessions: client.Sessions) -> None:
+async def test_f06_a_few_early_hints_are_no_flood(pools: connections.Pools) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.send(b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 3)
         await exchange.answer(b"{}")
 
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
-        reply = await upstream.stream(sessions, where, question(where), credential=None)
+        reply = await upstream.stream(pools, where, question(where), credential=None)
         assert await upstream.read_bounded(reply, 10) == b"{}"
 
 
 @pytest.mark.parametrize("how", ["end", "reset", "half"])
 async def test_a_fresh_connection_that_closes_without_an_answer_is_not_dialled_twice(
-    sessions: client.Sessions, how: str
+    pools: connections.Pools, how: str
 ) -> None:
     async def handler(exchange: Exchange) -> None:
         if how == "half":
@@ -570,13 +570,13 @@ async def test_a_fresh_connection_that_closes_without_an_answer_is_not_dialled_t
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
         with pytest.raises((errors.ConnectFailed, errors.ProtocolError)):
-            await upstream.stream(sessions, where, question(where), credential=None)
+            await upstream.stream(pools, where, question(where), credential=None)
         assert server.connections == 1
 
 
 @pytest.mark.parametrize("how", ["end", "reset"])
 async def test_f13_a_pooled_connection_closed_by_the_peer_is_retried_once_on_a_fresh_one(
-    sessions: client.Sessions, how: str
+    pools: connections.Pools, how: str
 ) -> None:
     async def handler(exchange: Exchange) -> None:
         if exchange is server.exchanges[0]:
@@ -590,14 +590,14 @@ async def test_f13_a_pooled_connection_closed_by_the_peer_is_retried_once_on_a_f
     async with server.listening():
         where = endpoint(server.port)
         for expected in (b"first", b"again"):
-            reply = await upstream.stream(sessions, where, question(where), credential=None)
+            reply = await upstream.stream(pools, where, question(where), credential=None)
             assert await upstream.read_bounded(reply, 100) == expected
             reply.close()
         assert len(server.exchanges) == 3
         assert server.exchanges[2].body == server.exchanges[1].body != b""
 
 
-async def test_f13_nothing_is_sent_twice_once_an_answer_has_begun(sessions: client.Sessions) -> None:
+async def test_f13_nothing_is_sent_twice_once_an_answer_has_begun(pools: connections.Pools) -> None:
     async def handler(exchange: Exchange) -> None:
         if exchange is server.exchanges[0]:
             await exchange.answer(b"first")
@@ -609,14 +609,14 @@ async def test_f13_nothing_is_sent_twice_once_an_answer_has_begun(sessions: clie
     async with server.listening():
         where = endpoint(server.port)
         await upstream.read_bounded(
-            await upstream.stream(sessions, where, question(where), credential=None), 100
+            await upstream.stream(pools, where, question(where), credential=None), 100
         )
         with pytest.raises(errors.ConnectFailed):
-            await upstream.stream(sessions, where, question(where), credential=None)
+            await upstream.stream(pools, where, question(where), credential=None)
         assert len(server.exchanges) == 2
 
 
-async def test_f13_a_second_closed_connection_is_an_error(sessions: client.Sessions) -> None:
+async def test_f13_a_second_closed_connection_is_an_error(pools: connections.Pools) -> None:
     async def handler(exchange: Exchange) -> None:
         if exchange is server.exchanges[0]:
             await exchange.answer(b"first")
@@ -627,15 +627,15 @@ async def test_f13_a_second_closed_connection_is_an_error(sessions: client.Sessi
     async with server.listening():
         where = endpoint(server.port)
         await upstream.read_bounded(
-            await upstream.stream(sessions, where, question(where), credential=None), 100
+            await upstream.stream(pools, where, question(where), credential=None), 100
         )
         with pytest.raises(errors.ConnectFailed):
-            await upstream.stream(sessions, where, question(where), credential=None)
+            await upstream.stream(pools, where, question(where), credential=None)
         assert len(server.exchanges) == 3
 
 
 async def test_f13_no_request_fails_while_the_peer_closes_after_every_answer(
-    sessions: client.Sessions,
+    pools: connections.Pools,
 ) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.answer(b"{}")
@@ -644,14 +644,14 @@ async def test_f13_no_request_fails_while_the_peer_closes_after_every_answer(
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
         for _ in range(200):
-            reply = await upstream.stream(sessions, where, question(where), credential=None)
+            reply = await upstream.stream(pools, where, question(where), credential=None)
             assert await upstream.read_bounded(reply, 100) == b"{}"
 
 
 @pytest.mark.parametrize("how", ["end", "reset"])
 @pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", "Content-Length: 900"])
 async def test_f04_a_body_that_breaks_off_is_an_interruption(
-    sessions: client.Sessions, how: str, framing: str
+    pools: connections.Pools, how: str, framing: str
 ) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.send(f"HTTP/1.1 200 OK\r\n{framing}\r\n\r\n9\r\ndata: 1\n\n\r\n".encode())
@@ -660,7 +660,7 @@ async def test_f04_a_body_that_breaks_off_is_an_interruption(
 
     async with Server(handler).listening() as server:
         where = endpoint(server.port)
-        reply = await upstream.stream(sessions, where, question(where), credential=None)
+        reply = await upstream.stream(pools, where, question(where), credential=None)
         with pytest.raises(errors.Interrupted):
             await upstream.read_bounded(reply, 10_000)
         reply.close()
@@ -679,29 +679,29 @@ class Authority:
         return self.ca.cert_pem.bytes().decode()
 
 
-async def test_r31_an_unknown_authority_is_a_tls_error(sessions: client.Sessions) -> None:
+async def test_r31_an_unknown_authority_is_a_tls_error(pools: connections.Pools) -> None:
     async with Server(quiet).listening(Authority().context) as server:
         where = endpoint(0, base_url=f"https://127.0.0.1:{server.port}/v1")
         with pytest.raises(errors.TlsError):
-            await upstream.stream(sessions, where, question(where), credential=credential(where))
+            await upstream.stream(pools, where, question(where), credential=credential(where))
         with pytest.raises(errors.TlsError):
             await ask(where, credential(where))
         assert server.exchanges == []
 
 
-async def test_r31_the_providers_own_bundle_is_the_only_way_to_accept_it(sessions: client.Sessions) -> None:
+async def test_r31_the_providers_own_bundle_is_the_only_way_to_accept_it(pools: connections.Pools) -> None:
     authority = Authority()
     async with Server(quiet).listening(authority.context) as server:
         where = endpoint(0, base_url=f"https://127.0.0.1:{server.port}/v1", ca_pem=authority.pem)
-        reply = await upstream.stream(sessions, where, question(where), credential=credential(where))
+        reply = await upstream.stream(pools, where, question(where), credential=credential(where))
         assert await upstream.read_bounded(reply, 100) == b'{"ok": true}'
         assert (await ask(where)).status == 200
         other = replace(where, ca_pem=Authority().pem)
         with pytest.raises(errors.TlsError):
-            await upstream.stream(sessions, other, question(other), credential=None)
+            await upstream.stream(pools, other, question(other), credential=None)
         bare = replace(where, ca_pem="")
         with pytest.raises(errors.TlsError):
-            await upstream.stream(sessions, bare, question(bare), credential=None)
+            await upstream.stream(pools, bare, question(bare), credential=None)
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
@@ -713,10 +713,10 @@ def test_f16_a_large_answer_comes_in_portions_that_are_small_enough_to_keep(tls:
     async def largest() -> int:
         server = Server(lambda exchange: exchange.answer(body))
         context = authority.context if tls else None
-        async with server.listening(context), client.Sessions() as sessions:
+        async with server.listening(context), connections.Pools() as pools:
             url = f"http{'s' if tls else ''}://127.0.0.1:{server.port}/v1"
             where = endpoint(0, base_url=url, ca_pem=authority.pem if tls else "")
-            reply = await upstream.stream(sessions, where, question(where), credential=None)
+            reply = await upstream.stream(pools, where, question(where), credential=None)
             parts = []
             while part := await reply.read():
                 parts.append(part)
@@ -725,28 +725,28 @@ def test_f16_a_large_answer_comes_in_portions_that_are_small_enough_to_keep(tls:
         return max(map(len, parts))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        assert runner.run(largest()) <= client.READ_BYTES + 2 * client.READ_BUFFER
+        assert runner.run(largest()) <= connections.READ_BYTES + 2 * connections.READ_BUFFER
 
 
-async def test_r31_a_certificate_of_another_host_is_a_tls_error(sessions: client.Sessions) -> None:
+async def test_r31_a_certificate_of_another_host_is_a_tls_error(pools: connections.Pools) -> None:
     authority = Authority("other.example")
     async with Server(quiet).listening(authority.context) as server:
         where = endpoint(0, base_url=f"https://127.0.0.1:{server.port}/v1", ca_pem=authority.pem)
         with pytest.raises(errors.TlsError):
-            await upstream.stream(sessions, where, question(where), credential=None)
+            await upstream.stream(pools, where, question(where), credential=None)
         with pytest.raises(errors.TlsError):
             await ask(where)
 
 
-async def test_r31_an_unreadable_bundle_is_a_tls_error(sessions: client.Sessions) -> None:
+async def test_r31_an_unreadable_bundle_is_a_tls_error(pools: connections.Pools) -> None:
     where = endpoint(1, base_url="https://127.0.0.1:1/v1", ca_pem="-----BEGIN CERTIFICATE-----\nx\n")
     with pytest.raises(errors.TlsError):
-        await upstream.stream(sessions, where, question(where), credential=None)
+        await upstream.stream(pools, where, question(where), credential=None)
     with pytest.raises(errors.TlsError):
         await ask(where)
 
 
-async def test_f11_a_server_that_speaks_no_tls_is_a_tls_error(sessions: client.Sessions) -> None:
+async def test_f11_a_server_that_speaks_no_tls_is_a_tls_error(pools: connections.Pools) -> None:
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         await reader.read(1000)
@@ -755,14 +755,14 @@ async def test_f11_a_server_that_speaks_no_tls_is_a_tls_error(sessions: client.S
     server = await asyncio.start_server(plain, "127.0.0.1", 0)
     where = endpoint(0, base_url=f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
     with pytest.raises(errors.TlsError):
-        await upstream.stream(sessions, where, question(where), credential=None)
+        await upstream.stream(pools, where, question(where), credential=None)
     with pytest.raises(errors.TlsError):
         await ask(where)
     server.close()
 
 
 async def test_the_name_is_kept_for_host_and_sni_when_the_checked_address_is_dialled(
-    names: dict[str, list[str]], sessions: client.Sessions
+    names: dict[str, list[str]], pools: connections.Pools
 ) -> None:
     names["gpu.example"] = ["127.0.0.1"]
     authority = Authority("gpu.example")
@@ -770,7 +770,7 @@ async def test_the_name_is_kept_for_host_and_sni_when_the_checked_address_is_dia
     authority.context.sni_callback = lambda _socket, name, _context: asked_for.append(name)
     async with Server(quiet).listening(authority.context) as server:
         where = endpoint(0, base_url=f"https://gpu.example:{server.port}/v1", ca_pem=authority.pem)
-        reply = await upstream.stream(sessions, where, question(where), credential=None)
+        reply = await upstream.stream(pools, where, question(where), credential=None)
         reply.close()
         await ask(where)
         assert asked_for == ["gpu.example", "gpu.example"]
@@ -778,15 +778,15 @@ async def test_the_name_is_kept_for_host_and_sni_when_the_checked_address_is_dia
 
 
 async def test_plain_http_to_a_public_address_is_refused(
-    names: dict[str, list[str]], sessions: client.Sessions
+    names: dict[str, list[str]], pools: connections.Pools
 ) -> None:
     names["public.example"] = ["192.31.196.1"]
     where = endpoint(0, base_url="http://public.example/v1")
     with pytest.raises(errors.DestinationNotAllowed):
-        await upstream.stream(sessions, where, question(where), credential=None)
+        await upstream.stream(pools, where, question(where), credential=None)
 
 
-async def test_r02_a_sealed_key_opens_for_no_other_row_and_no_other_origin(sessions: client.Sessions) -> None:
+async def test_r02_a_sealed_key_opens_for_no_other_row_and_no_other_origin(pools: connections.Pools) -> None:
     async with Server(quiet).listening() as server:
         where = endpoint(server.port)
         moved = credential(replace(where, base_url="https://api.example.com/v1"))
@@ -794,23 +794,23 @@ async def test_r02_a_sealed_key_opens_for_no_other_row_and_no_other_origin(sessi
         broken = replace(credential(where), stored=credential(where).stored[:-4] + "AAAA")
         for key in (moved, stolen, broken, replace(moved, stored=""), replace(moved, stored=SECRET)):
             with pytest.raises(errors.CredentialUnavailable):
-                await upstream.stream(sessions, where, question(where), credential=key)
+                await upstream.stream(pools, where, question(where), credential=key)
         assert server.connections == 0
 
 
-async def test_a_request_to_another_origin_than_its_provider_is_refused(sessions: client.Sessions) -> None:
+async def test_a_request_to_another_origin_than_its_provider_is_refused(pools: connections.Pools) -> None:
     async with Server(quiet).listening() as server:
         where = endpoint(1)
         request = WireRequest("GET", f"http://127.0.0.1:{server.port}/v1/models")
         with pytest.raises(errors.DestinationNotAllowed):
-            await upstream.stream(sessions, where, request, credential=credential(where))
+            await upstream.stream(pools, where, request, credential=credential(where))
         assert server.connections == 0
 
 
-async def test_a_vendor_is_not_dialled_without_a_key(sessions: client.Sessions) -> None:
+async def test_a_vendor_is_not_dialled_without_a_key(pools: connections.Pools) -> None:
     where = endpoint(1, kind="openai", base_url="https://api.openai.com/v1")
     with pytest.raises(errors.CredentialUnavailable):
-        await upstream.stream(sessions, where, question(where), credential=None)
+        await upstream.stream(pools, where, question(where), credential=None)
 
 
 async def value_of(reference: str) -> str:
@@ -882,9 +882,9 @@ async def test_a_store_that_is_not_built_yet_says_so(reference: str) -> None:
     assert "://" in caught.value.detail
 
 
-async def test_the_echo_provider_streams_word_by_word_without_a_socket(sessions: client.Sessions) -> None:
+async def test_the_echo_provider_streams_word_by_word_without_a_socket(pools: connections.Pools) -> None:
     where = endpoint(1, kind="echo", base_url=KINDS["echo"].base_url)
-    reply = await upstream.stream(sessions, where, question(where), credential=None)
+    reply = await upstream.stream(pools, where, question(where), credential=None)
     parts = []
     while part := await reply.read():
         parts.append(part)
@@ -896,9 +896,8 @@ async def test_the_echo_provider_streams_word_by_word_without_a_socket(sessions:
     assert (await ask(where)).status == 200
 
 
-async def test_pools_are_shared_by_none_but_the_same_policy_and_bundle(sessions: client.Sessions) -> None:
+async def test_pools_are_shared_by_none_but_the_same_policy_and_bundle(pools: connections.Pools) -> None:
     loose, strict = Policy(allow_private=True), Policy()
-    assert sessions.get(loose) is sessions.get(Policy(allow_private=True))
-    assert sessions.get(loose) is not sessions.get(strict)
-    assert sessions.get(loose) is not sessions.get(loose, Authority().pem)
-    assert sessions.get(loose) is not sessions.get(loose, fresh=True)
+    assert pools.get(loose) is pools.get(Policy(allow_private=True))
+    assert pools.get(loose) is not pools.get(strict)
+    assert pools.get(loose) is not pools.get(loose, Authority().pem)
