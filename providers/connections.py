@@ -122,12 +122,10 @@ class Response:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def take(self, data: bytes) -> None:
-        self._parts.append(data)
-        self._size += len(data)
-
-    @property
-    def full(self) -> bool:
+    def take(self, parts: list[bytes]) -> bool:
+        """Keep these until they are read. Whether that is as much as may wait."""
+        self._parts += parts
+        self._size += sum(map(len, parts))
         return self._size >= READ_BUFFER
 
     def end(self, error: errors.ProviderError | None = None) -> None:
@@ -146,6 +144,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, pool: Pool, place: Place) -> None:
         self._pool, self._place = pool, place
+        self._arrived: list[bytes] = []
+        self.on_body = self._arrived.append  # A stream has one for each token, so nothing more is done about each.
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport
         self._response: Response | None = None
@@ -220,7 +220,7 @@ class Connection(asyncio.BufferedProtocol):
         self._barren += nbytes
         try:
             self._parser.feed_data(self._pool.portion[:nbytes])
-            if self._barren > MAX_HEAD:
+            if self._barren > MAX_HEAD and not self._arrived:
                 raise errors.ProtocolError(detail=f"{MAX_HEAD} bytes without anything of an answer")
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, errors.ProtocolError) as error:
             self._broken(response, error)
@@ -228,12 +228,21 @@ class Connection(asyncio.BufferedProtocol):
             self._fed(response)
 
     def _fed(self, response: Response) -> None:
+        full = self._hand_over(response)
         if self._complete:
             self._finish(response)
-        elif response.full and not self._held:
+        elif full and not self._held:
             self._held = True
             self._transport.pause_reading()
         response.wake()
+
+    def _hand_over(self, response: Response) -> bool:
+        if not self._arrived:
+            return False
+        self._barren = 0
+        full = response.take(self._arrived)
+        self._arrived.clear()
+        return full
 
     def _finish(self, response: Response) -> None:
         self._response = None
@@ -246,6 +255,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _broken(self, response: Response, error: Exception) -> None:
         """What came is no HTTP. An answer that was complete before that stays one."""
+        self._hand_over(response)
         self.drop()
         cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
         detail = cause.detail if isinstance(cause, errors.ProviderError) else f"no HTTP: {cause}"
@@ -308,11 +318,6 @@ class Connection(asyncio.BufferedProtocol):
             raise errors.ProtocolError(detail=f"HTTP {status} is no answer")
         if self._informational > MAX_INFORMATIONAL:
             raise errors.ProtocolError(detail="a flood of 1xx answers")
-
-    def on_body(self, data: bytes) -> None:
-        assert self._response is not None
-        self._barren = 0
-        self._response.take(data)
 
     def on_message_complete(self) -> None:
         assert self._response is not None
