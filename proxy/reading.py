@@ -76,10 +76,11 @@ class AnswerReader:
         before, behind = self._like
         if not block.startswith(before, start):
             return 0
-        # What comes behind the last of them is in no such event.
-        pieces = block[start:].split(behind)[:-1]
-        alike = list(takewhile(lambda piece: piece.startswith(before), pieces))
-        texts = [piece[len(before) :] for piece in alike]
+        # Cut where one ends and the next begins, so that a piece is a text; the last one goes on behind its end, if it has one.
+        texts = block[start + len(before) :].split(behind + before)
+        last, end, _ = texts.pop().partition(behind)
+        if end:
+            texts.append(last)
         if _ODD.search(b"".join(texts)):
             texts = list(takewhile(_STRING.fullmatch, texts))
         text_bytes = sum(map(len, texts))
