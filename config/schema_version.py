@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from django.conf import settings
+from django.core.management.base import CommandError
 from django.db import DatabaseError, connection
 from django.db.migrations.loader import MigrationLoader
 from django.db.migrations.recorder import MigrationRecorder
@@ -75,7 +76,11 @@ def _alone_on_postgresql() -> Iterator[None]:
 
 @contextmanager
 def _alone_here() -> Iterator[None]:
-    settings.DATA_DIR.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with settings.DATA_DIR.joinpath("migrate.lock").open("w") as file:
+    try:
+        settings.DATA_DIR.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = settings.DATA_DIR.joinpath("migrate.lock").open("w")
+    except OSError as error:
+        raise CommandError(f"DATA_DIR: {settings.DATA_DIR} cannot be written ({error.strerror})") from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -145,7 +145,9 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, pool: Pool, place: Place) -> None:
         self._pool, self._place = pool, place
         self._arrived: list[bytes] = []
-        self.on_body = self._arrived.append  # A stream has one for each token, so nothing more is done about each.
+        self.on_body = (
+            self._arrived.append
+        )  # A stream has one for each token, so nothing more is done about each.
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport
         self._response: Response | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from django.core.management import CommandError, call_command
 from django.db import connection
 from django.db.migrations.recorder import MigrationRecorder
 
+from config.management.commands import migrate
 from config.schema_version import newer_problem, older_problem
 from tests.support.gateway import Gateway
 from tests.support.installation import fresh_secrets
@@ -53,6 +55,24 @@ def test_f41_of_five_concurrent_migrates_one_works_and_four_find_it_done(empty: 
     assert [process.returncode for process in started] == [0] * 5, printed
     assert sum("Applying providers.0001_initial" in text for text in printed) == 1
     assert sum("No migrations to apply" in text for text in printed) == 4
+
+
+@pytest.mark.no_database
+def test_f41_django_opens_no_database_before_it_is_this_process_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    @contextmanager
+    def turn() -> Iterator[None]:
+        order.append("turn")
+        yield
+
+    monkeypatch.setattr(migrate, "alone", turn)
+    monkeypatch.setattr(migrate, "newer_problem", lambda: "")
+    monkeypatch.setattr(migrate.Command, "check", lambda self, **options: order.append("checks"))
+    monkeypatch.setattr(migrate.DjangoCommand, "handle", lambda self, **options: order.append("migrates"))
+    call_command("migrate", skip_checks=False)
+
+    assert order == ["turn", "checks", "migrates"]
 
 
 @pytest.mark.django_db

@@ -9,8 +9,13 @@ from config.schema_version import alone, newer_problem
 
 
 class Command(DjangoCommand):
-    def handle(self, *args: Any, **options: Any) -> None:
+    def execute(self, *args: Any, **options: Any) -> Any:
+        # Django's checks, which come before `handle`, open the database: five at once would switch a new SQLite file to WAL at
+        # the same moment, and nobody waits for that.
         with alone():
-            if problem := newer_problem():
-                raise CommandError(problem)
-            super().handle(*args, **options)
+            return super().execute(*args, **options)
+
+    def handle(self, *args: Any, **options: Any) -> None:
+        if problem := newer_problem():
+            raise CommandError(problem)
+        super().handle(*args, **options)
