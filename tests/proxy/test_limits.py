@@ -546,6 +546,7 @@ async def test_f20_a_restarted_redis_is_used_without_a_failure(make: Any) -> Non
         assert not limits.local
 
 
+@pytest.mark.alone
 async def test_f19_a_hanging_redis_delays_five_requests_by_60_ms_and_then_none(
     make: Any, valkey: Valkey
 ) -> None:
@@ -587,6 +588,7 @@ async def test_f19_a_request_that_waited_in_vain_does_not_wait_again_for_a_provi
     assert client.hget("penstock:limit:{api_key:1}:r", "c") == b"2"
 
 
+@pytest.mark.alone
 async def test_f19_a_redis_that_hangs_from_the_start_is_no_different(make: Any, valkey: Valkey) -> None:
     valkey.pause()
     limits, who = make(), caller(requests=1000)

@@ -75,7 +75,7 @@ def test_a_limit_of_ones_own_is_held_against_this_process(tmp_path: Path) -> Non
 async def test_r41_one_request_too_many_is_refused_at_once_and_the_others_go_on(
     pair: House, upstream: Upstream
 ) -> None:
-    upstream.behave(answers.ok(first_after=0.6))
+    upstream.behave(answers.ok(first_after=1.5))
     pair.gateway.overload = Overload(most_running=3)
     question = {"messages": [{"role": "user", "content": "hello"}]}
     async with httpx.AsyncClient(
@@ -86,7 +86,7 @@ async def test_r41_one_request_too_many_is_refused_at_once_and_the_others_go_on(
             await asyncio.sleep(0.005)
         began = time.monotonic()
         refused = await client.post("/v1/chat/completions", json=question)
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - began < 1.2
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
         assert [(await each).status_code for each in running] == [200, 200, 200]

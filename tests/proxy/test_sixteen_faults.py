@@ -25,7 +25,8 @@ pytestmark = pytest.mark.no_database
 LONG = prefill.LONG.text
 SHORT = Answer().text
 MOST_BACKOFF = 0.5
-SLACK = 0.35
+SLACK = 1.5
+"""Seconds that a machine with other things to do may add."""
 """What a busy machine may add to a deadline."""
 
 Ask = Callable[..., Told]
@@ -77,7 +78,7 @@ def test_fault_01_a_429_with_retry_after_is_obeyed_while_the_fallback_serves(
     assert all(told.text == SHORT for told in served)
     assert {told.provider for told in served[:-1]} == {"second"}
     assert served[-1].provider == "first"
-    assert served[0].took < 0.5
+    assert served[0].took < 1.5
     assert 2.0 <= gaps(upstream)[0] < 2.0 * 1.2 + SLACK
 
 
@@ -116,7 +117,7 @@ def test_fault_03_a_single_500_is_not_seen_by_the_caller(
     upstream.script(answers.status(500))
     told = ask()
     assert (told.text, told.provider) == (SHORT, "second")
-    assert told.took < SLACK  # another candidate is there, so nobody waits
+    assert told.took < MOST_BACKOFF  # another candidate is there, so nobody waits
 
     upstream.script(answers.status(500))
     told = ask(**alone())
