@@ -102,6 +102,7 @@ def visit(browser: Browser) -> Visit:
             base_url=gateway.url,
             viewport={"width": width, "height": 844},
             color_scheme="dark" if dark else "light",
+            reduced_motion="reduce",
         )
         page, trouble = context.new_page(), Trouble()
         trouble.watch(page)

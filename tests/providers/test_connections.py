@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 from multidict import CIMultiDict
 
-from providers import connections, errors
+from providers import client, connections, errors
 from providers.connections import Dial, Pool, Response
 from providers.destination import Policy
 from tests.providers.test_upstream import Exchange, Server, quiet
@@ -58,7 +58,7 @@ async def test_the_head_of_a_request_says_who_asks_and_for_nothing_compressed(po
         assert first.head.split(b"\r\n")[0] == b"POST /v1/chat HTTP/1.1"
         assert first.headers["host"] == f"127.0.0.1:{server.port}"
         assert first.headers["accept-encoding"] == "identity"
-        assert first.headers["user-agent"] == connections.USER_AGENT
+        assert first.headers["user-agent"] == client.USER_AGENT
         assert first.headers["x-team"] == "blå"
         assert first.headers["content-length"] == "2"
         assert second.headers["user-agent"] == "mine"
@@ -306,7 +306,7 @@ async def test_a_name_whose_first_address_refuses_is_reached_at_its_next(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Server(quiet).listening() as server:
-        addresses = [(socket.AF_INET, "127.0.0.2"), (socket.AF_INET, "127.0.0.1")]
+        addresses: list[tuple[int, str]] = [(socket.AF_INET, "127.0.0.2"), (socket.AF_INET, "127.0.0.1")]
 
         async def look_up(host: str, port: int, **_options: object) -> list[tuple[int, str]]:
             return addresses

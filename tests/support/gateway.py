@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import httpx
 
+from tests.support.inside import inside
 from tests.support.installation import fresh_secrets
 from tests.support.ports import LOOPBACK, free_port
 from tests.support.postgres import Postgres, create_database, drop_database
@@ -187,8 +188,8 @@ class Gateway:
         )
 
     def shell(self, code: str) -> str:
-        """Run Python code inside Django, in a process of its own; what it printed."""
-        return self.manage("shell", "--no-imports", "--command", code)
+        """Run Python code inside Django, with this gateway's settings; what it printed."""
+        return inside().run(code, self.env)
 
     def provide(
         self,
