@@ -161,13 +161,14 @@ class Connection(asyncio.BufferedProtocol):
         """Send a request and wait for the head of its answer. Raises ConnectFailed when the connection ends before it, and
         ProtocolError when what comes is no HTTP. Whoever stops waiting drops the connection."""
         response = self._response = Response(self)
-        self.begun = self._complete = False
+        self.begun = self._complete = self._sent = False
         self._informational = self._barren = 0
         try:
             self._sent = await self._send(response, head, body)
             await response.head()
         except BaseException:
-            self.drop()
+            # And not `drop`: after a whole answer the connection may carry another request by now.
+            response.close()
             raise
         return response
 
@@ -193,10 +194,12 @@ class Connection(asyncio.BufferedProtocol):
             self._held = False
             self._transport.resume_reading()
 
-    def drop(self) -> None:
-        """End it at once, whatever is on its way."""
-        self._response = None
+    def drop(self, error: errors.ProviderError | None = None) -> None:
+        """End it at once, whatever is on its way; error: told to whoever waits for that."""
+        response, self._response = self._response, None
         self._transport.abort()
+        if response is not None and error is not None:
+            response.end(error)
 
     @property
     def closing(self) -> bool:
@@ -281,6 +284,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
+        del self._parser  # It refers to us: no cycle to collect.
         response, self._response = self._response, None
         if response is None:
             return
@@ -442,8 +446,10 @@ class Pool:
     def close(self) -> None:
         if self._sweep is not None:
             self._sweep.cancel()
+        for look_up in self._look_ups.values():
+            look_up.cancel()
         for connection in list(self._all):
-            connection.drop()
+            connection.drop(errors.Interrupted(detail="the gateway stops"))
         self._idle.clear()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.core.management.commands.migrate import Command as DjangoCommand
 from django.db import connection
 from django.db.migrations.recorder import MigrationRecorder
 
@@ -69,7 +70,7 @@ def test_f41_django_opens_no_database_before_it_is_this_process_turn(monkeypatch
     monkeypatch.setattr(migrate, "alone", turn)
     monkeypatch.setattr(migrate, "newer_problem", lambda: "")
     monkeypatch.setattr(migrate.Command, "check", lambda self, **options: order.append("checks"))
-    monkeypatch.setattr(migrate.DjangoCommand, "handle", lambda self, **options: order.append("migrates"))
+    monkeypatch.setattr(DjangoCommand, "handle", lambda self, **options: order.append("migrates"))
     call_command("migrate", skip_checks=False)
 
     assert order == ["turn", "checks", "migrates"]

@@ -437,9 +437,11 @@ def test_the_roles_of_settings_are_those_of_the_house() -> None:
 )
 def test_check_names_a_wrong_setting(provider: Provider, change: dict[str, str], named: str) -> None:
     check = "from django.core.management import call_command; call_command('check')"
-    with Gateway(env={**settings_for(provider), **change}, start=False) as gateway:
-        with pytest.raises(AssertionError) as told:
-            gateway.shell(check)
+    with (
+        Gateway(env={**settings_for(provider), **change}, start=False) as gateway,
+        pytest.raises(AssertionError) as told,
+    ):
+        gateway.shell(check)
 
     assert f"{named}: " in str(told.value)
     assert "a client secret" not in str(told.value)

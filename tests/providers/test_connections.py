@@ -245,6 +245,9 @@ async def test_a_large_request_waits_for_a_slow_reader_and_is_sent_whole(pool: P
 async def test_an_answer_that_comes_before_the_request_was_taken_is_the_answer(pool: Pool) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(2)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
         await writer.drain()
         gone.set_result(await reader.read(-1) != b"")  # Taken at last, so that nothing is reset.
@@ -254,11 +257,12 @@ async def test_an_answer_that_comes_before_the_request_was_taken_is_the_answer(p
     listening = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1000)
     server = Server(quiet, port=listening.sockets[0].getsockname()[1])
     async with asyncio.timeout(5):
+        await whole(await ask(pool, server))
         response = await ask(pool, server, body=b"x" * 64_000_000)
         assert response.status == 413
         assert await whole(response) == b"no"
         assert await gone, "the connection does not serve again"
-    assert not pool._idle
+    assert not any(pool._idle.values())
     listening.close()
 
 
@@ -271,6 +275,45 @@ async def test_who_stops_waiting_ends_the_connection(pool: Pool) -> None:
             async with asyncio.timeout(0.2):
                 await ask(pool, server)
         await asyncio.wait_for(server.closed.wait(), 2)
+
+
+async def test_who_stops_waiting_when_the_answer_is_there_takes_the_connection_from_nobody(
+    pool: Pool,
+) -> None:
+    """Its answer is whole, so the connection may carry another request before the first one's task goes on."""
+    answer = asyncio.Event()
+
+    async def handler(exchange: Exchange) -> None:
+        if exchange is not server.exchanges[0]:
+            await answer.wait()
+        await exchange.answer(b"hello")
+
+    server = Server(handler)
+    async with server.listening(), asyncio.timeout(5):
+        first = asyncio.create_task(ask(pool, server))
+        while not pool._idle:
+            await asyncio.sleep(0)
+            assert not first.done()
+        second = asyncio.create_task(ask(pool, server))
+        first.cancel()
+        await asyncio.wait([first])
+        answer.set()
+        assert await whole(await second) == b"hello"
+        assert server.connections == 1
+
+
+async def test_who_waits_when_the_gateway_stops_is_told(pool: Pool) -> None:
+    async def handler(exchange: Exchange) -> None:
+        await exchange.send(b"HTTP/1.1 200 OK\r\n\r\nhello")
+
+    async with Server(handler).listening() as server, asyncio.timeout(5):
+        response = await ask(pool, server)
+        assert await response.read() == b"hello"
+        waiting = asyncio.create_task(response.read())
+        await asyncio.sleep(0)
+        pool.close()
+        with pytest.raises(errors.Interrupted):
+            await waiting
 
 
 async def test_a_name_is_looked_up_once_for_all_who_ask_and_again_when_it_was_not_known(
