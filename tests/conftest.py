@@ -19,6 +19,7 @@ from httpx._transports import default
 
 from audit.changes import changes
 from audit.triggers import lift_triggers
+from providers import crypto
 
 WITHOUT_A_DATABASE = ("proxy", "providers", "audit", "security", "docs", "support")
 """Folders of tests where one that asks for no database, and starts no process that would have one, has none."""
@@ -38,6 +39,10 @@ hypothesis.settings.load_profile("shared machine")
 # Every client would read all certificates of the world, which takes longer than most of what it is then used for.
 _httpx: Any = default
 _httpx.create_ssl_context = functools.cache(_httpx.create_ssl_context)
+
+# Every keyring that is made or opened takes a third of a second, which is its point; for processes that are started it still does.
+_stretch = crypto._stretch
+crypto._stretch = lambda key, salt, rounds: _stretch(key, salt, 1 + rounds // 10_000)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
