@@ -42,7 +42,7 @@ _httpx.create_ssl_context = functools.cache(_httpx.create_ssl_context)
 
 # Every keyring that is made or opened takes a third of a second, which is its point; for processes that are started it still does.
 _stretch = crypto._stretch
-crypto._stretch = lambda key, salt, rounds: _stretch(key, salt, 1 + rounds // 10_000)
+crypto._stretch = lambda encryption_key, salt, rounds: _stretch(encryption_key, salt, 1 + rounds // 10_000)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -88,10 +88,8 @@ for number, model in enumerate(['org/' + 'long-name-' * 12, 'x' * 255, 'tiny']):
 """Sums as large and names as long as there will be."""
 
 HOSTILE = (
-    "\"><img src=x onerror=alert(1)>'",
-    "</script><script>alert(2)</script>",
-    "{{7*7}}${7*7}javascript:alert(3)",
-    "' x-init='alert(4)' \u202eabc",
+    "\"><img src=x onerror=alert(1)>' {{7*7}}${7*7}javascript:alert(3)",
+    "</script><script>alert(2)</script> ' x-init='alert(4)' \u202eabc",
 )
 
 
