@@ -108,7 +108,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _flush_head(self) -> None:
         """An answer that ends without a body, or breaks off before it, still has a head."""
-        if self._kept_head and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._kept_head:
             self._write_first(b"")
         self.write = self._pass_head  # type: ignore[method-assign]
 
@@ -124,7 +126,9 @@ class HttpProtocol(HttpToolsProtocol):
         if self._running is not None:
             self._running.disconnect()
         super().connection_lost(exc)
-        self._running = self.cycle = None  # type: ignore[assignment]  # An exchange refers to us: no cycle to collect.
+        # An exchange refers to us, and so does a method of ours: no cycle to collect.
+        self._running = self.cycle = None  # type: ignore[assignment]
+        self.write = self.transport.write  # type: ignore[method-assign]
 
     def pause_writing(self) -> None:
         self._since = 0.0

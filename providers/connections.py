@@ -81,7 +81,8 @@ class Response:
         """Some bytes, as soon as there are any; `b""` at the clean end. Raises Interrupted when the connection broke."""
         while not self._parts:
             if self._error is not None:
-                raise self._error
+                # A new one: raised, it holds this frame and with it us, who would hold it.
+                raise errors.Interrupted(detail=self._error.detail)
             if self._ended:
                 return b""
             await self.news()

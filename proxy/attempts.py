@@ -31,7 +31,7 @@ class Call:
     """One request of a caller, ready to be sent. `held` is what it takes of the limits of its key and owner, `hold` of budgets.
 
     tokens: of all its attempts so far. resume: whether a stream that breaks is gone on with. journal: its attempts so far, as each record tells them.
-    cache: `hit` or `miss`, where its key keeps answers. last: the attempt that began last.
+    cache: `hit` or `miss`, where its key keeps answers. last: the id of the attempt that began last.
     """
 
     running: Running
@@ -46,7 +46,7 @@ class Call:
     hold: Hold = NOTHING
     journal: list[dict[str, Any]] = field(default_factory=list)
     cache: str = ""
-    last: Attempt | None = None
+    last: str = ""
 
     def passed_over(self, candidate: Candidate) -> None:
         """Note for people why this one was not dialled."""
@@ -104,7 +104,7 @@ class Attempt:
             self.spool.start(record)
         except SpoolUnavailable as error:
             raise UsageLogUnavailable from error
-        call.last = self
+        call.last = self.id
         return self
 
     def __exit__(

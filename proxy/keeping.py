@@ -39,8 +39,8 @@ async def run(gateway: Gateway, call: Call, headers: RawHeaders, sink: Sink, sen
             await send(copy)
             _keep(gateway, call, slot, copy)
     finally:
-        if caller.record_text and call.last is not None:
-            texts.keep(gateway.spool, call.last.id, call.chat.body, copy.text)
+        if caller.record_text and call.last:
+            texts.keep(gateway.spool, call.last, call.chat.body, copy.text)
 
 
 async def _replay(gateway: Gateway, call: Call, found: Found, sink: Sink) -> None:
@@ -57,5 +57,5 @@ async def _replay(gateway: Gateway, call: Call, found: Found, sink: Sink) -> Non
 def _keep(gateway: Gateway, call: Call, slot: cache.Slot | None, copy: Copy) -> None:
     """An answer of one attempt alone: one that was gone on with by another is not what would be given again."""
     body = copy.whole
-    if slot is not None and body is not None and call.last is not None and copy.first is call.last:
-        gateway.cache.keep(slot, call.last, body)
+    if slot is not None and body is not None and copy.first is not None and copy.first.id == call.last:
+        gateway.cache.keep(slot, copy.first, body)

@@ -225,6 +225,8 @@ class DataPlaneConsumer(AsyncConsumer):
                 raise MethodNotAllowed
             await self.serve(scope, request, sink)
         except (GatewayError, ProviderError) as error:
+            # Its frames hold it, too, and all that the request took: no cycle to collect.
+            error.__traceback__ = None
             await sink.fail(error)
         except Exception:
             logger.exception("a request failed inside the gateway")

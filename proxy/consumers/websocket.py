@@ -266,6 +266,7 @@ class Conversation:
             await pipeline.chat(self._gateway, request, sink)
             status = sink.status
         except (GatewayError, ProviderError) as error:
+            error.__traceback__ = None  # As in `http`: no cycle to collect.
             status = error.status
             await sink.fail(error, request.id)
         except Exception:
