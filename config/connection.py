@@ -91,14 +91,19 @@ class Exchange(RequestResponseCycle):
             self._send_head(message["status"], [*self.default_headers, *message.get("headers", ())])
 
     def _send_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        named = [(name.lower(), value) for name, value in headers]
-        lines = b"".join([b"%b: %b\r\n" % header for header in named])
+        lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+        good = HEAD_LINES.fullmatch(lines)
+        if good is None:
+            # Names of ours are in lower case already; Django's are not.
+            headers = [(name.lower(), value) for name, value in headers]
+            lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+            good = HEAD_LINES.fullmatch(lines)
         # A value that holds a line break could pass for two good lines.
-        if lines.count(b"\n") != len(named) or HEAD_LINES.fullmatch(lines) is None:
+        if good is None or lines.count(b"\n") != len(headers):
             raise RuntimeError("A header of the response is not valid.")
         self.response_started = True
         self.waiting_for_100_continue = False
-        fields = dict(named)
+        fields = dict(headers)
         if b"content-length" in fields:
             self.chunked_encoding = False
             self.expected_content_length = int(fields[b"content-length"])

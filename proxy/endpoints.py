@@ -15,6 +15,12 @@ from proxy.gateway import Gateway
 NAMED = "completions|responses|embeddings|rerank|messages|images|audio|moderations"
 
 
+def busiest(gateway: Gateway) -> dict[str, Callable[..., Any]]:
+    """The paths that nearly all requests go to, as they are usually written: found by a look-up. `http_routes` has them, too."""
+    chat = ChatConsumer.as_asgi(gateway=gateway)
+    return {"/v1/chat/completions": chat, "/api/v1/chat/completions": chat}
+
+
 def http_routes(gateway: Gateway, control_plane: Callable[..., Any]) -> list[URLPattern]:
     chat, models = ChatConsumer.as_asgi(gateway=gateway), ModelsConsumer.as_asgi(gateway=gateway)
     nothing = NothingConsumer.as_asgi(gateway=gateway)
