@@ -10,8 +10,9 @@ import pytest
 from multidict import CIMultiDict
 
 from providers import client, connections, errors
-from providers.connections import Dial, Pool, Response
+from providers.connections import Dial, Pool
 from providers.destination import Policy
+from providers.http1 import Response
 from tests.providers.test_upstream import Exchange, Server, quiet
 
 pytestmark = pytest.mark.no_database

@@ -19,7 +19,7 @@ import pytest
 import trustme
 import uvloop
 
-from providers import connections, crypto, errors, replies, upstream
+from providers import connections, crypto, errors, http1, replies, upstream
 from providers.adapters import KINDS
 from providers.destination import Policy
 from providers.wire import Answer, Credential, Endpoint, Timeouts, WireRequest
@@ -724,7 +724,7 @@ def test_f16_a_large_answer_comes_in_portions_that_are_small_enough_to_keep(tls:
         return max(map(len, parts))
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        assert runner.run(largest()) <= connections.READ_BYTES + 2 * connections.READ_BUFFER
+        assert runner.run(largest()) <= http1.READ_BYTES + 2 * http1.READ_BUFFER
 
 
 async def test_r31_a_certificate_of_another_host_is_a_tls_error(pools: connections.Pools) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from config.connection import Exchange
 from config.http_protocol import HttpProtocol
-from providers.connections import Connection, Response
+from providers.http1 import Connection, Response
 from proxy.attempts import Attempt, Call
 from proxy.inflight import Running
 from tests.support import answers, faults
