@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import ipaddress
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -46,12 +47,16 @@ def tls_context(ca_pem: str = "") -> ssl.SSLContext:
     return context
 
 
-async def resolve(host: str, port: int, *, family: int = socket.AF_UNSPEC) -> list[tuple[int, str]]:
+async def resolve(host: str, port: int) -> list[tuple[int, str]]:
     """(family, address) of every record of `host`. Raises OSError; TimeoutError after DNS_TIMEOUT.
 
-    The look-up runs in a thread of its own pool, so a slow name server never holds up the event loop (F12).
+    The look-up runs in a thread of its own pool, so a slow name server never holds up the event loop (F12). An address is looked up
+    nowhere: it must not wait for a thread while name servers hang.
     """
-    look_up = functools.partial(socket.getaddrinfo, host, port, family=family, type=socket.SOCK_STREAM)
+    with contextlib.suppress(ValueError):
+        version = ipaddress.ip_address(host).version
+        return [(socket.AF_INET if version == 4 else socket.AF_INET6, host)]
+    look_up = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     async with asyncio.timeout(DNS_TIMEOUT):
         try:
             records = await asyncio.get_running_loop().run_in_executor(_dns_threads, look_up)
@@ -60,11 +65,9 @@ async def resolve(host: str, port: int, *, family: int = socket.AF_UNSPEC) -> li
     return list(dict.fromkeys((record[0], str(record[4][0])) for record in records))
 
 
-async def checked_addresses(
-    host: str, port: int, *, policy: Policy, family: int = socket.AF_UNSPEC
-) -> list[tuple[int, str]]:
+async def checked_addresses(host: str, port: int, *, policy: Policy) -> list[tuple[int, str]]:
     """What `host` leads to. Raises DestinationNotAllowed when any of it is forbidden: a mixed answer is an attack (R21)."""
-    records = await resolve(host, port, family=family)
+    records = await resolve(host, port)
     for _, address in records:
         check_address(address, port, policy=policy)
     return records

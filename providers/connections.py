@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import ipaddress
 import socket
 import time
 from dataclasses import dataclass
@@ -137,8 +136,6 @@ class Pool:
 
     async def _addresses(self, host: str, port: int) -> list[tuple[int, str]]:
         """One question for all who want to know, whose answer is good for DNS_TTL."""
-        if (literal := _literal(host)) is not None:
-            return [literal]
         look_up = self._look_ups.get((host, port))
         if look_up is None:
             look_up = asyncio.create_task(checked_addresses(host, port, policy=self._policy))
@@ -192,11 +189,7 @@ def _start(method: str, url: str) -> tuple[Place, str]:
     """Where a request goes, and its first lines. Raises DestinationNotAllowed for what is no http URL."""
     try:
         parts = urlsplit(url)
-        host = (
-            (parts.hostname or "").encode("idna").decode()
-            if not _literal(parts.hostname or "")
-            else parts.hostname
-        )
+        host = (parts.hostname or "").encode("idna").decode()
         port = parts.port or DEFAULT_PORTS[parts.scheme]
     except (ValueError, KeyError) as error:
         raise errors.DestinationNotAllowed(detail="the request leads to no http address") from error
@@ -224,15 +217,6 @@ def _head(start: str, headers: CIMultiDict[str], body: bytes | None) -> bytes:
         return head.encode("latin-1")
     except UnicodeEncodeError as error:
         raise errors.HeaderNotAllowed(detail="a header that is not Latin-1") from error
-
-
-def _literal(host: str) -> tuple[int, str] | None:
-    """Family and address, if `host` is one and no name."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    return (socket.AF_INET if address.version == 4 else socket.AF_INET6), host
 
 
 def _checked_socket(policy: Policy, address_info: tuple[Any, ...]) -> socket.socket:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from urllib.parse import urlsplit
 
 from django.conf import settings
@@ -52,20 +51,9 @@ class OwnAddresses:
     async def _look_up(self) -> frozenset[SocketAddress]:
         found: set[SocketAddress] = set()
         for host, port in own_places():
-            if _is_address(host):
-                found.add((host, port))
-                continue
             try:
                 found |= {(address, port) for _, address in await resolve(host, port)}
             except OSError:
                 # A name that leads nowhere now cannot be dialled; where it led before stays refused.
                 found |= {known for known in self._known if known[1] == port}
         return frozenset(found)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -317,6 +317,15 @@ async def test_who_waits_when_the_gateway_stops_is_told(pool: Pool) -> None:
             await waiting
 
 
+async def test_f12_an_address_waits_for_no_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*args: object, **options: object) -> None:
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert await client.resolve("127.0.0.1", 80) == [(socket.AF_INET, "127.0.0.1")]
+    assert await client.resolve("::1", 80) == [(socket.AF_INET6, "::1")]
+
+
 async def test_a_name_is_looked_up_once_for_all_who_ask_and_again_when_it_was_not_known(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tests.support.gateway import Gateway
+from tests.support.gateway import CHANGE_SECONDS, Gateway
 from tests.support.rows import query
 
 GIVE = """
@@ -30,7 +30,7 @@ def give_budget(gateway: Gateway, key: str, amount: int) -> None:
     A completion token of the provider `upstream` costs a nano-dollar from then on, and its prompts nothing.
     """
     gateway.shell(GIVE.replace("KEY_ID", repr(key[9:19])).replace("AMOUNT", str(amount)))
-    time.sleep(1.5)  # The promise is a second, for every worker; none can be asked alone.
+    time.sleep(CHANGE_SECONDS)
 
 
 def books(gateway: Gateway) -> tuple[int, int, int, int]:
