@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ from proxy.errors import UsageLogUnavailable
 from proxy.inflight import Running
 from proxy.limits import UNLIMITED, Held
 from proxy.pricing import Price
+from proxy.purses import AccountKey
 from proxy.selection import Plan
 from proxy.spool import Final, Spool, SpoolUnavailable, Start, new_attempt_id
 
@@ -59,7 +61,7 @@ class Attempt:
     """Use as a context manager. `settle` once the outcome is known; leaving without it settles by the exception.
 
     place: what it takes of the limits of the provider's key.
-    tokens: of the answer so far, as far as we can tell. finish_reason: of an answer that is certainly whole.
+    tokens: of the answer so far, as far as we can tell. finish_reason: of an answer that is certainly whole. accounts: what it is charged to.
     """
 
     call: Call
@@ -78,6 +80,7 @@ class Attempt:
     accepted: bool = False
     settled: bool = False
     dial: Dial = field(default_factory=Dial)
+    accounts: Sequence[AccountKey] = ()
 
     def __enter__(self) -> Self:
         call, candidate = self.call, self.candidate
@@ -98,8 +101,9 @@ class Attempt:
             "purpose": call.purpose,
             "stream": call.chat.stream,
         }
-        if accounts := call.hold.accounts(candidate.upstream.id):
-            record["budgets"] = accounts
+        self.accounts = call.hold.accounts(candidate.upstream.id)
+        if self.accounts:
+            record["budgets"] = self.accounts
         try:
             self.spool.start(record)
         except SpoolUnavailable as error:
@@ -161,8 +165,8 @@ class Attempt:
             "client_disconnected": client_disconnected,
             "trace": self._trace(error_code or status, total),
         }
-        if granted := self.call.hold.settle(self.candidate.upstream.id, cost or 0):
-            record["grants"] = granted
+        if self.accounts:
+            record["grants"] = self.call.hold.settle(self.candidate.upstream.id, cost or 0)
         if status == "success":
             # Now and not when the block is left, so that the caller's next request finds it free.
             self.call.hold.release()
@@ -197,8 +201,8 @@ class Attempt:
             }
         )
         trace: dict[str, Any] = {"candidates": call.plan.trace, "attempts": call.journal}
-        if accounts := call.hold.accounts(self.candidate.upstream.id):
-            trace["budgets"] = [account.budget_id for account in accounts]
+        if self.accounts:
+            trace["budgets"] = [account.budget_id for account in self.accounts]
         if call.cache:
             trace["cache"] = call.cache
         return trace

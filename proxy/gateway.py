@@ -105,6 +105,7 @@ class Gateway:
         await asyncio.to_thread(self.watcher.stop)
         self.watcher.swap, self.watcher.opened = lambda: None, dict
         self.grapevine.close()
+        await asyncio.to_thread(metrics.count)
         await asyncio.to_thread(self.traffic.close)
         await self.grants.close()
         await asyncio.to_thread(self.spool.close)
@@ -127,6 +128,7 @@ class Gateway:
         while True:
             await asyncio.sleep(1)
             try:
+                await asyncio.to_thread(metrics.count)
                 await asyncio.to_thread(self.traffic.publish)
             except Exception:
                 logger.exception("requests were not counted")

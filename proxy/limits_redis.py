@@ -121,7 +121,7 @@ class Link:
         """The numbers a script answers. Raises LinkFailed when Redis is silent for TIMEOUT."""
         self._asked = True
         reply = await self._do(operation)
-        if isinstance(reply, list) and all(type(item) is int for item in reply):
+        if isinstance(reply, list) and set(map(type, reply)) == {int}:
             return reply
         raise LinkFailed("not numbers")
 

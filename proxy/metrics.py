@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from typing import TYPE_CHECKING, Any
+from collections import Counter, deque
+from typing import TYPE_CHECKING, NamedTuple
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+import prometheus_client
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, Histogram, multiprocess
 
 from providers.wire import Usage
 
 if TYPE_CHECKING:
     from proxy.gateway import Gateway
 
-ATTEMPTS = Counter(
+ATTEMPTS = prometheus_client.Counter(
     "penstock_attempts_total", "Attempts at providers, by how they ended.", ["provider", "status"]
 )
-CACHE = Counter("penstock_cache_total", "Requests of keys that keep answers, by what was found.", ["result"])
-REFUSED = Counter("penstock_refused_total", "Requests refused before any provider was dialled.", ["code"])
-TOKENS = Counter("penstock_tokens_total", "Tokens, as counted or estimated.", ["provider", "direction"])
-COST = Counter("penstock_cost_dollars_total", "US dollars, where the price is known.", ["provider"])
-UNPRICED = Counter(
+CACHE = prometheus_client.Counter(
+    "penstock_cache_total", "Requests of keys that keep answers, by what was found.", ["result"]
+)
+REFUSED = prometheus_client.Counter(
+    "penstock_refused_total", "Requests refused before any provider was dialled.", ["code"]
+)
+TOKENS = prometheus_client.Counter(
+    "penstock_tokens_total", "Tokens, as counted or estimated.", ["provider", "direction"]
+)
+COST = prometheus_client.Counter(
+    "penstock_cost_dollars_total", "US dollars, where the price is known.", ["provider"]
+)
+UNPRICED = prometheus_client.Counter(
     "penstock_unpriced_total",
     "Attempts that a provider answered and nobody knows the price of.",
     ["provider"],
@@ -61,24 +70,47 @@ BUDGETS_WARNED = Gauge(
 )
 
 
+class Ended(NamedTuple):
+    """An attempt that has ended. cost: nano-dollars, None where no price is known."""
+
+    provider: str
+    status: str
+    ttft_ms: int | None
+    usage: Usage
+    cost: int | None
+
+
+_ended: deque[Ended] = deque()
+
+
 def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage, cost: int | None) -> None:
-    """cost: nano-dollars."""
-    _series(ATTEMPTS, provider, status).inc()
-    if ttft_ms is not None:
-        _series(FIRST_TOKEN, provider).observe(ttft_ms / 1000)
-    if usage.prompt or usage.completion:
-        _series(TOKENS, provider, "in").inc(usage.prompt)
-        _series(TOKENS, provider, "out").inc(usage.completion)
-        if cost is None:
-            _series(UNPRICED, provider).inc()
-    if cost:
-        _series(COST, provider).inc(cost / 1_000_000_000)
+    """An attempt has ended. On the hot path: counting it with five locks, or in files where workers share them, is for `count`."""
+    _ended.append(Ended(provider, status, ttft_ms, usage, cost))
 
 
-@functools.lru_cache(maxsize=4096)
-def _series(metric: Any, *labels: str) -> Any:
-    """The series of these labels: finding it takes the client library longer than counting in it."""
-    return metric.labels(*labels)
+def count() -> None:
+    """Count what was noted: once a second, and before anybody reads. Two at a time take different ones."""
+    statuses: Counter[tuple[str, str]] = Counter()
+    tokens: Counter[tuple[str, str]] = Counter()
+    cost: Counter[str] = Counter()
+    unpriced: Counter[str] = Counter()
+    for each in (_ended.popleft() for _ in range(len(_ended))):
+        statuses[each.provider, each.status] += 1
+        if each.ttft_ms is not None:
+            FIRST_TOKEN.labels(each.provider).observe(each.ttft_ms / 1000)
+        if each.usage.prompt or each.usage.completion:
+            tokens[each.provider, "in"] += each.usage.prompt
+            tokens[each.provider, "out"] += each.usage.completion
+            unpriced[each.provider] += each.cost is None
+        cost[each.provider] += each.cost or 0
+    for labels, number in statuses.items():
+        ATTEMPTS.labels(*labels).inc(number)
+    for labels, number in tokens.items():
+        TOKENS.labels(*labels).inc(number)
+    for provider, number in unpriced.items():
+        UNPRICED.labels(provider).inc(number)
+    for provider, number in cost.items():
+        COST.labels(provider).inc(number / 1_000_000_000)
 
 
 def weather(gateway: Gateway) -> None:
@@ -95,7 +127,8 @@ def weather(gateway: Gateway) -> None:
 
 
 def registry() -> CollectorRegistry:
-    """What all workers of this server counted, where there are several; else what this process did."""
+    """What all workers of this server counted, where there are several, up to a second ago; else what this process did."""
+    count()
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return REGISTRY
     shared = CollectorRegistry()

@@ -14,7 +14,7 @@ KEEPALIVE_SECONDS = 15.0
 
 
 class Patience:
-    """A context manager around the work. first: seconds until the first content. idle: between reads after it. total: for all.
+    """A context manager around the work of `task`, which enters it. first: seconds until the first content. idle: between reads after it. total: for all.
 
     Leaving it raises UpstreamTimeout, Stalled or Interrupted when a deadline passed inside. It does what `asyncio.timeout`
     does, at a third of the price: a request has one, and most of them never fire.
@@ -30,6 +30,7 @@ class Patience:
 
     def __init__(
         self,
+        task: asyncio.Task[None],
         *,
         first: float,
         idle: float,
@@ -37,7 +38,7 @@ class Patience:
         keep_alive: Callable[[], Awaitable[None]],
         committed: bool = False,
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._task, self._loop = task, task.get_loop()
         self._limit, self._idle = first, idle
         self._last = self._heard = self._loop.time()
         self._end = self._last + total
@@ -47,9 +48,7 @@ class Patience:
         self._committed = committed
 
     def __enter__(self) -> Self:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task, self._cancelling = task, task.cancelling()
+        self._cancelling = self._task.cancelling()
         self._timer = self._loop.call_at(self._next_look(), self._look)
         return self
 

@@ -103,7 +103,8 @@ async def _next(journey: Journey, sink: Sink, resumption: Resumption | None) -> 
 async def _plain(gateway: Gateway, attempt: Attempt, sink: Sink) -> None:
     """A whole answer: nothing is forwarded before all of it is there and recorded."""
     chat, limit = _chat(attempt.candidate), attempt.candidate.upstream.endpoint.timeouts.request
-    with Patience(first=limit, idle=limit, total=limit, keep_alive=sink.keep_alive):
+    task = attempt.call.running.task
+    with Patience(task, first=limit, idle=limit, total=limit, keep_alive=sink.keep_alive):
         reply = await _dial(gateway, attempt, attempt.call.chat.body)
         try:
             await _judge(reply, attempt)
@@ -124,7 +125,7 @@ async def _stream(gateway: Gateway, attempt: Attempt, sink: Sink, resumption: Re
     timeouts = attempt.candidate.upstream.endpoint.timeouts
     body, reader = _question(attempt, resumption if sink.begun else None)
     patience = Patience(
-        first=timeouts.first_token, idle=timeouts.idle, total=timeouts.stream,
+        attempt.call.running.task, first=timeouts.first_token, idle=timeouts.idle, total=timeouts.stream,
         keep_alive=sink.keep_alive, committed=sink.begun,
     )  # fmt: skip
     try:

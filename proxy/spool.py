@@ -65,7 +65,7 @@ class _AttemptIds:
                 self._last = max(now, self._last + 1)
                 self._tail = random.getrandbits(73)
             stamp, tail = self._last, self._tail
-        return f"{stamp << 80 | 0x7 << 76 | tail >> 62 << 64 | 0b10 << 62 | tail & (1 << 62) - 1:032x}"
+        return f"{stamp:012x}7{tail >> 62:03x}{0b10 << 62 | tail & (1 << 62) - 1:016x}"
 
 
 new_attempt_id = _AttemptIds().new

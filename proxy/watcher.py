@@ -134,7 +134,7 @@ class Watcher:
         with postgres.SERVER.patience(ANSWER_SECONDS):
             weather_due = now - self._weather_at >= WEATHER_SECONDS
             if weather_due:
-                self.weather = weathers.read()
+                self.weather = weathers.read(budgets=bool(self.snapshot.budgets))
                 self.read_only = _is_read_only()
                 self._weather_at = now
                 self._look_for_recoveries()

@@ -28,8 +28,8 @@ class Weather:
     read_at: float = 0.0
 
 
-def read() -> Weather:
-    """Read the verdicts. Raises DatabaseError when the database is away."""
+def read(*, budgets: bool = True) -> Weather:
+    """Read the verdicts. budgets: whether there are any. Raises DatabaseError when the database is away."""
     down, overridden = {}, set()
     for health in ProviderHealth.objects.filter(is_healthy=False):
         down[health.provider_id] = health.detail or health.status
@@ -41,6 +41,6 @@ def read() -> Weather:
         overridden=frozenset(overridden),
         rejected=frozenset(KeyUse.objects.exclude(rejected_at=None).values_list("api_key_id", flat=True)),
         beat_tick=tick.timestamp() if tick else None,
-        budgets_warned=warned().count(),
+        budgets_warned=warned().count() if budgets else 0,
         read_at=time.time(),
     )

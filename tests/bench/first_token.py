@@ -11,11 +11,12 @@ from dataclasses import replace
 from statistics import median
 
 from tests.bench.load import Load, Result
-from tests.bench.rounds import QUICK, QUICK_ROUNDS, ROUNDS, apply, verdict
+from tests.bench.rounds import QUICK, apply, verdict
 from tests.bench.servers import Server
 
 BUSIEST = Load(port=0, model="stream", count=1200, seconds=10)
-SECONDS = 5.0
+SECONDS = 2.5
+ROUNDS = 9
 P50_TARGET_MS = 1.0
 P99_TARGET_MS = 5.0
 
@@ -24,9 +25,8 @@ def measure(bare: Server, gateway: Server, *, quick: bool) -> int:
     """Print the two lines; how many requests to the gateway failed."""
     busiest = apply(BUSIEST, gateway)
     rate = busiest.done / busiest.seconds / 2
-    seconds = SECONDS / QUICK if quick else SECONDS
-    load = replace(BUSIEST, rate=rate, count=max(1, int(rate * seconds)))
-    rounds = [(apply(load, bare), apply(load, gateway)) for _ in range(QUICK_ROUNDS if quick else ROUNDS)]
+    load = replace(BUSIEST, rate=rate, count=max(1, int(rate * SECONDS)))
+    rounds = [(apply(load, bare), apply(load, gateway)) for _ in range(ROUNDS // QUICK if quick else ROUNDS)]
     print(f"\nfirst token at half load, {rate:.0f} streams/s at even intervals (open loop)")
     _print_line("p50", [(one.first_p50_ms, two.first_p50_ms) for one, two in rounds], P50_TARGET_MS)
     _print_line("p99", [(one.first_p99_ms, two.first_p99_ms) for one, two in rounds], P99_TARGET_MS)

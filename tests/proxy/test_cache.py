@@ -13,9 +13,9 @@ import httpx
 import pytest
 import redis
 import websockets.sync.client as websockets
-from prometheus_client import REGISTRY
 
 from proxy import cache, keys
+from proxy.metrics import registry
 from tests.support import answers, faults
 from tests.support.inprocess import PEPPERS, House
 from tests.support.upstream import Upstream
@@ -143,7 +143,7 @@ def test_a_hit_is_recorded_with_the_tokens_of_the_first_time_and_without_cost_ke
 
 def test_attempts_and_tokens_of_providers_do_not_count_hits(kept: House, store: Any) -> None:
     def counted(name: str, **labels: str) -> float:
-        return REGISTRY.get_sample_value(name, labels) or 0.0
+        return registry().get_sample_value(name, labels) or 0.0
 
     attempts = counted("penstock_attempts_total", provider="first", status="success")
     hits, misses = (counted("penstock_cache_total", result=each) for each in ("hit", "miss"))
