@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import prometheus_client
@@ -81,6 +83,7 @@ class Ended(NamedTuple):
 
 
 _ended: deque[Ended] = deque()
+_counting = threading.Lock()  # Between those who count; whoever notes an attempt takes none.
 
 
 def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage, cost: int | None) -> None:
@@ -89,20 +92,27 @@ def attempt(provider: str, status: str, ttft_ms: int | None, usage: Usage, cost:
 
 
 def count() -> None:
-    """Count what was noted: once a second, and before anybody reads. Two at a time take different ones."""
+    """Count what was noted: once a second, in a thread, and before anybody reads."""
+    with _counting:
+        _count([_ended.popleft() for _ in range(len(_ended))])
+
+
+def _count(ended: Sequence[Ended]) -> None:
     statuses: Counter[tuple[str, str]] = Counter()
     tokens: Counter[tuple[str, str]] = Counter()
     cost: Counter[str] = Counter()
     unpriced: Counter[str] = Counter()
-    for each in (_ended.popleft() for _ in range(len(_ended))):
+    for each in ended:
         statuses[each.provider, each.status] += 1
         if each.ttft_ms is not None:
             FIRST_TOKEN.labels(each.provider).observe(each.ttft_ms / 1000)
         if each.usage.prompt or each.usage.completion:
             tokens[each.provider, "in"] += each.usage.prompt
             tokens[each.provider, "out"] += each.usage.completion
-            unpriced[each.provider] += each.cost is None
-        cost[each.provider] += each.cost or 0
+            if each.cost is None:
+                unpriced[each.provider] += 1
+        if each.cost:
+            cost[each.provider] += each.cost
     for labels, number in statuses.items():
         ATTEMPTS.labels(*labels).inc(number)
     for labels, number in tokens.items():

@@ -147,7 +147,7 @@ def assert_calm(*, providers: int, beats: int, workers: int, interval: float, se
 @pytest.mark.alone
 @pytest.mark.timeout(200)
 def test_f31_forty_providers_that_are_down_are_asked_as_if_there_were_one_worker() -> None:
-    assert_calm(providers=40, beats=1, workers=1, interval=5, seconds=0)
+    assert_calm(providers=40, beats=1, workers=1, interval=3, seconds=0)
 
 
 @pytest.mark.soak

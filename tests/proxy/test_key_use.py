@@ -24,10 +24,10 @@ from proxy.keys import give_secret
 from proxy.models import GatewayKey, GatewayKeyUse, UsageRecord
 from proxy.snapshot import build
 from proxy.spool import Spool, new_attempt_id
-from tests.proxy.test_usage import a_final, a_start
 from tests.proxy.test_usage_hours import a_row
 from tests.support.api import V1, as_
 from tests.support.inprocess import House
+from tests.support.records import a_final, a_start
 
 AT = 1_790_000_000_123
 

@@ -21,33 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy import segments
-from proxy.spool import Final, Spool, SpoolUnavailable, Start, _AttemptIds, new_attempt_id
+from proxy.spool import Final, Spool, SpoolUnavailable, _AttemptIds, new_attempt_id
+from tests.support.records import a_start
 
 pytestmark = pytest.mark.no_database
 
 ROOT = Path(__file__).resolve().parents[2]
 NEVER = 1e9
-
-
-def a_start(key: str, **more: Any) -> Start:
-    start: dict[str, Any] = {
-        "id": key,
-        "request_id": "req-1",
-        "attempt": 1,
-        "created_at": 1_790_000_000_123,
-        "gateway_key_id": 7,
-        "gateway_key": "shop",
-        "owner": "",
-        "route": "active:chat",
-        "provider_id": 3,
-        "provider": "local",
-        "api_key_id": None,
-        "requested_model": "auto",
-        "model": "tiny",
-        "purpose": "chat",
-        "stream": True,
-    }
-    return start | more  # type: ignore[return-value]  # a test may put in what the type forbids
 
 
 def a_final(key: str, **more: Any) -> Final:

@@ -28,10 +28,10 @@ from proxy import segments, texts, usage
 from proxy.models import TextRecord, UsageRecord
 from proxy.spool import Spool, new_attempt_id
 from proxy.tasks import purge_texts
-from tests.proxy.test_usage import a_final, a_start
 from tests.support import answers, faults
 from tests.support.api import V1, as_
 from tests.support.inprocess import House
+from tests.support.records import a_final, a_start
 from tests.support.upstream import Upstream
 
 BODY: dict[str, Any] = {

@@ -26,7 +26,7 @@ from proxy.models.usage import GRAIN, TokensSource, UsageStatus
 from proxy.spool import Spool, new_attempt_id
 from proxy.usage_hours import SUMS
 from proxy.usage_rows import Row, insert, usage_row
-from tests.proxy.test_usage import a_final, a_start
+from tests.support.records import a_final, a_start
 
 AT = datetime(2026, 9, 21, 14, 59, 59, tzinfo=UTC)
 HOUR = AT.replace(minute=0, second=0)

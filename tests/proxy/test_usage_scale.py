@@ -23,8 +23,8 @@ from django.urls import reverse
 from proxy import retention, usage, usage_hours
 from proxy.models import UsageHour, UsageRecord
 from proxy.spool import Spool, new_attempt_id
-from tests.proxy.test_usage import a_final, a_start
 from tests.support.api import V1, as_
+from tests.support.records import a_final, a_start
 from tests.support.soak import say
 from tests.support.usage_fill import DAYS, MONTH, fill, vacuum
 
