@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 
 from audit.changes import changes
 from providers.models import Provider
 from proxy import prices, usage
 from proxy.attempts import Attempt
+from proxy.metrics import registry
 from proxy.models import ModelPrice, UsageRecord
 from proxy.pricing import Price, Rate
 from proxy.strategies import Node
@@ -29,7 +29,7 @@ def bill(record: dict[str, Any]) -> tuple[int | None, int | None]:
 
 
 def metric(name: str, provider: str) -> float:
-    return REGISTRY.get_sample_value(name, {"provider": provider}) or 0.0
+    return registry().get_sample_value(name, {"provider": provider}) or 0.0
 
 
 @pytest.mark.no_database
