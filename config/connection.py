@@ -45,6 +45,7 @@ class Exchange(RequestResponseCycle):
     """One request and its response. An answer given before the body was read closes the connection."""
 
     _keep_alive = False
+    _until_closed = False  # Its body ends with the connection, which is all that HTTP/1.0 knows.
 
     @property
     def keep_alive(self) -> bool:
@@ -112,8 +113,9 @@ class Exchange(RequestResponseCycle):
         elif not self.keep_alive:
             lines += b"connection: close\r\n"
         if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in WITHOUT_BODY:
-            self.chunked_encoding = True
-            lines += b"transfer-encoding: chunked\r\n"
+            self._until_closed = self.scope["http_version"] == "1.0"
+            self.chunked_encoding = not self._until_closed
+            lines += b"transfer-encoding: chunked\r\n" * self.chunked_encoding
         self.transport.write(b"%b%b\r\n" % (STATUS_LINE[status], lines))
 
     def _send_body(self, body: bytes, more_body: bool) -> None:
@@ -122,6 +124,8 @@ class Exchange(RequestResponseCycle):
         elif self.chunked_encoding:
             chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
             self.transport.write(chunk if more_body else chunk + b"0\r\n\r\n")
+        elif self._until_closed:
+            self.transport.write(body)
         else:
             self.expected_content_length -= len(body)
             if self.expected_content_length < 0:
@@ -184,6 +188,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         # With a timer running, uvicorn does not close when the application has ended.
         self.close_timer = self.loop.call_later(self.config.limits.linger_seconds, self.transport.close)
 
+    def handle_ping(self) -> None:
+        """Who takes nothing gets no more of it: pongs are all that is written here without being waited for."""
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()
+
     def keepalive_timeout(self) -> None:
         """Who answered no ping will hardly take what is still unsent, so it is not waited for as in other endings."""
         super().keepalive_timeout()
@@ -206,8 +217,8 @@ def expire_writes(
 ) -> tuple[int, float]:
     """Abort a transport whose peer took no byte for too long; answer the bytes still unsent, and since when."""
     left = transport.get_write_buffer_size()
-    if left != unsent:
+    if left < unsent:
         return left, now
     if now - since >= limits.write_seconds:
         transport.abort()
-    return unsent, since
+    return left, since

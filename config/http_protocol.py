@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 BODY_PROGRESS_BYTES = 4096
 # With more than this unsent, the application waits until its reader has taken most of it (F16).
 WRITE_BYTES = 32 * 1024
+# Requests behind the one being answered, from which on a connection is not read from until it is their turn.
+MAX_WAITING = 8
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -52,6 +54,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_head = False
         self._head_split = False
         self._head_arrived = 0
+        self._barren = 0  # Bytes in a row that brought nothing of a body.
         self._feeding = 0
         self._kept_head = b""
         self._deaf = False  # Whatever arrives from now on is not looked at.
@@ -151,6 +154,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         unfinished = self._head if self._in_head else None
         self._feeding = len(data)
+        self._barren += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -159,6 +163,9 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(self._reason(exc))
         if self._in_head:
             self._count_head(len(data) if unfinished is self._head else 0)
+        elif self._barren > self.limits.head_bytes and not self._deaf and self.cycle and self.cycle.more_body:
+            # The parser keeps a trailer until it is whole, and copies it each time: it is bounded as heads are.
+            self._refuse(RequestRefused(431, f"{self._barren} bytes came that bring nothing of the body."))
 
     def _count_head(self, arrived: int) -> None:
         """Bound a head that comes in pieces; its exact size is checked when it is complete."""
@@ -194,7 +201,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head = Head()
         self._in_head = True
         self._head_split = False
-        self._head_arrived = 0
+        self._head_arrived = self._barren = 0
         if not self._fresh:
             self._since = 0.0
 
@@ -239,17 +246,18 @@ class HttpProtocol(HttpToolsProtocol):
             access_log=False,
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
-            expect_100_continue=head.expects_continue,
+            expect_100_continue=head.expects_continue and version == "1.1",
             keep_alive=version == "1.1"
             and not (upgrade or self.config.draining)
             and parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
-        self._body_progress = 0
+        self._body_progress = self._barren = 0
         if self._running is None or self._running.response_complete:
             self._begin(self.cycle)
         else:
-            self.flow.pause_reading()
+            if len(self.pipeline) >= MAX_WAITING:
+                self.flow.pause_reading()  # Not before: who is not read from is not noticed when he leaves.
             self.pipeline.appendleft((self.cycle, self.app))
 
     def _check_head_bytes(self) -> None:
@@ -269,6 +277,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         exchange = self.cycle
+        self._barren = 0
         self._body_progress += len(body)
         if self._body_progress >= BODY_PROGRESS_BYTES:
             self._body_progress = 0

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -143,6 +144,10 @@ def impatient() -> Iterator[Toy]:
     wait_ready(server)
     yield server
     end(server)
+
+
+def readable(sock: socket.socket) -> bool:
+    return bool(select.select([sock], [], [], 0)[0])
 
 
 def read_to_end(sock: socket.socket) -> bytes:
@@ -406,6 +411,46 @@ def test_a_running_request_is_told_when_a_pipelining_caller_leaves(toy: Toy) -> 
     until(lambda: toy.seen()["left"] == before + 1)
 
 
+def test_f14_a_caller_that_asked_for_more_and_leaves_is_noticed_though_nothing_is_written(toy: Toy) -> None:
+    before = toy.seen()["left"]
+    sock = toy.dial()
+    sock.sendall(b"GET /silent HTTP/1.1\r\nHost: a\r\n\r\n")
+    requests = toy.seen()["requests"]
+    for _ in range(3):
+        sock.sendall(NEXT)
+        time.sleep(0.05)  # Each is to arrive by itself.
+    sock.close()
+    until(lambda: toy.seen()["left"] == before + 1, seconds=5)
+    assert toy.seen()["requests"] == requests  # Nobody waits for the answers to the others.
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [b"0\r\nX-Trailer: ", b"3;ext="],
+    ids=["trailer", "chunk extension"],
+)
+def test_r34_what_never_becomes_a_body_is_bounded_as_a_head_is(toy: Toy, flood: bytes) -> None:
+    with toy.dial() as sock:
+        sock.sendall(CHUNKED + b"3\r\nabc\r\n" + flood)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 4_000_000 and not readable(sock):
+                sent += sock.send(b"a" * 16384)
+        assert statuses(read_to_end(sock)) == [431]
+    assert sent < 4_000_000
+
+
+def test_trailers_of_a_usual_size_are_read_over(toy: Toy) -> None:
+    trailers = b"".join(b"X-%d: %b\r\n" % (number, b"a" * 1000) for number in range(20))
+    answer = toy.ask(
+        CHUNKED.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        + b"3\r\nabc\r\n0\r\n"
+        + trailers
+        + b"\r\n"
+    )
+    assert json_of(answer)["body"] == "abc"
+
+
 @pytest.mark.parametrize(
     "sent", [b"x" * 10, b"", b"x" * 10_000_000], ids=["all of it", "none of it", "more than fits"]
 )
@@ -433,6 +478,15 @@ def test_a_caller_that_waits_for_100_continue_gets_it_only_when_the_body_is_want
         assert json_of(read_to_end(sock))["body"] == "abc"
     refused = POST.replace(b"/echo", b"/unread") + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n"
     assert statuses(toy.ask(refused)) == [401]
+
+
+def test_http_1_0_is_spoken_in_its_own_words(toy: Toy) -> None:
+    """No interim answer and no chunks (RFC 9110, 10.1.1; RFC 9112, 6.1): such a client takes both for the answer."""
+    head = b"POST /echo HTTP/1.0\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 3\r\n\r\n"
+    assert statuses(toy.ask(head + b"abc")) == [200]
+    answer = toy.ask(b"GET /stream?2 HTTP/1.0\r\nHost: a\r\n\r\n")
+    assert b"transfer-encoding" not in answer.lower()
+    assert answer.endswith(b"\r\n\r\ndata: 0\n\ndata: 1\n\ndata: [DONE]\n\n")
 
 
 # -- deadlines (R32, F16) ---------------------------------------------------------------------------------------------
@@ -584,6 +638,19 @@ def test_f16_a_websocket_reader_that_reads_nothing_is_cut(serve: Callable[..., T
         sock.sendall(b"\x81\x85\0\0\0\0flood")
         connected = f"{sock.getsockname()[1]:04X}"
         until(lambda: not is_established(toy.port, connected), seconds=5)
+
+
+def test_f16_a_websocket_caller_that_pings_and_reads_nothing_is_cut(serve: Callable[..., Toy]) -> None:
+    """However much it sends: what waits to be taken is no progress, and no answer to a ping is kept for it."""
+    toy = serve(limits=dict(SHORT))
+    pings = (b"\x89\xfd\0\0\0\0" + b"p" * 125) * 500
+    with toy.dial() as sock:
+        sock.sendall(WEBSOCKET + b"\r\n")
+        assert statuses(sock.recv(4096)) == [101]
+        deadline = time.monotonic() + 8
+        with pytest.raises(ConnectionError):
+            while time.monotonic() < deadline:
+                sock.sendall(pings)
 
 
 def is_established(port: int, peer: str) -> bool:

@@ -200,6 +200,12 @@ async def flood(scope: Any, receive: Any, send: Any) -> None:
     seen["left"] += 1
 
 
+async def silent(scope: Any, receive: Any, send: Any) -> None:
+    """Answer nothing until the caller is gone, and note it."""
+    await gone(receive)
+    seen["left"] += 1
+
+
 async def gone(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -211,6 +217,7 @@ PAGES = {
     "/broken": broken,
     "/bad-header": bad_header,
     "/length": length,
+    "/silent": silent,
     "/stream": stream,
     "/stubborn": stubborn,
     "/flood": flood,
