@@ -21,7 +21,7 @@ MAX_DEPTH = 200
 SMALL = 2 * MAX_CONTAINERS
 """Bytes below which no document can have too much of anything: the smallest container is `[]`."""
 
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _ESCAPES = re.compile(rb"\\u(?:0000|[dD][89a-fA-F])")
 _SURROGATE = re.compile("[\x00\ud800-\udfff]")
 

@@ -163,8 +163,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(self._reason(exc))
         if self._in_head:
             self._count_head(len(data) if unfinished is self._head else 0)
-        elif self._barren > self.limits.head_bytes and not self._deaf and self.cycle and self.cycle.more_body:
-            # The parser keeps a trailer until it is whole, and copies it each time: it is bounded as heads are.
+        else:
+            self._count_barren()
+
+    def _count_barren(self) -> None:
+        """Bound what brings nothing of a body that is still to come: a trailer, say, which the parser keeps until it is whole, and
+        copies each time that there is more of it."""
+        wanted = self._running is not None and self.cycle.more_body
+        if wanted and self._barren > self.limits.head_bytes and not self._deaf:
             self._refuse(RequestRefused(431, f"{self._barren} bytes came that bring nothing of the body."))
 
     def _count_head(self, arrived: int) -> None:

@@ -199,8 +199,9 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         if transport.get_extra_info("sslcontext") is not None:
-            # Of what is not decrypted yet, no more is kept either.
-            cast(Any, transport).set_read_buffer_limits(high=READ_BYTES)
+            # While anything waits to be decrypted, nothing more is read, and the end is not seen either: uvloop drops at the end
+            # of a connection what waits then, and an answer without a length would pass for whole.
+            cast(Any, transport).set_read_buffer_limits(high=1)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._keeper.portion

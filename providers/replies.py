@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Protocol
@@ -15,6 +16,8 @@ from providers.crypto import DOTS, Secret
 from providers.wire import Answer
 
 MAX_ERROR_BYTES = 65_536
+ERROR_SECONDS = 1.0
+"""How long an error's body is waited for: its status says most, and somebody else may have an answer."""
 ECHO_PAUSE = 0.02
 """Seconds between the words of a local answer, so that one can see it stream."""
 
@@ -40,27 +43,22 @@ class Reply(Protocol):
 
 
 class ErrorReply:
-    """An error's reply, cleaned of the secret that upstreams like to repeat there (R53)."""
+    """An error's reply, cleaned of the secret that upstreams like to repeat there (R53). Its body comes at once: cut into pieces
+    the secret could slip through a seam."""
 
     __slots__ = ("_reply", "_secret", "headers", "status")
 
-    def __init__(self, reply: Reply, secret: Secret) -> None:
+    def __init__(self, reply: Reply, secret: Secret | None) -> None:
         self._reply = reply
-        self._secret: Secret | None = secret
+        self._secret = secret
         self.status = reply.status
         self.headers = reply.headers
 
     async def read(self) -> bytes:
-        """All of its text that anybody needs, at once: cut into pieces the secret could slip through a seam."""
-        if self._secret is None:
-            return await self._reply.read()
-        secret, self._secret = self._secret, None
-        body = bytearray()
-        while len(body) < MAX_ERROR_BYTES and (part := await self._reply.read()):
-            body += part
-        if len(body) >= MAX_ERROR_BYTES:
-            self._reply.close()
-        return redact(bytes(body), secret)[:MAX_ERROR_BYTES]
+        """All of it that anybody needs; nothing when it is read again."""
+        body = await read_beginning(self._reply)
+        self._reply.close()
+        return _without_beginning_of(self._secret, redact(body, self._secret)[:MAX_ERROR_BYTES])
 
     def close(self) -> None:
         self._reply.close()
@@ -87,6 +85,16 @@ class LocalReply:
         self._parts.clear()
 
 
+async def read_beginning(reply: Reply) -> bytes:
+    """As much of an error's body as there is and is useful; that it breaks off or stalls changes nothing about the error."""
+    body = bytearray()
+    with contextlib.suppress(errors.ProviderError, TimeoutError):
+        async with asyncio.timeout(ERROR_SECONDS):
+            while len(body) < MAX_ERROR_BYTES and (part := await reply.read()):
+                body += part
+    return bytes(body)
+
+
 async def read_bounded(reply: Reply, limit: int) -> bytes:
     """The whole body. Raises ProtocolError, and closes the reply, when it is above `limit` bytes (R30)."""
     parts: list[bytes] = []
@@ -103,15 +111,26 @@ async def read_bounded(reply: Reply, limit: int) -> bytes:
 
 def redact(body: bytes, secret: Secret | None) -> bytes:
     """`body` without the secret, which upstreams like to repeat in their errors (R53), plain, in JSON or in a URL."""
-    if secret is None:
-        return body
-    value = secret.reveal()
-    # Shorter ones are words like "none" that people enter for servers without keys.
-    if len(value) < 8:
-        return body
-    for form in {value, json.dumps(value)[1:-1], quote(value, safe="")}:
-        body = body.replace(form.encode(), DOTS.encode())
+    for form in _forms(secret):
+        body = body.replace(form, DOTS.encode())
     return body
+
+
+def _without_beginning_of(secret: Secret | None, body: bytes) -> bytes:
+    """A body that ends within the secret, without what it has of it."""
+    for form in _forms(secret):
+        for length in range(len(form) - 1, 3, -1):
+            if body.endswith(form[:length]):
+                return body[:-length]
+    return body
+
+
+def _forms(secret: Secret | None) -> set[bytes]:
+    """How it may stand in an error. Shorter ones are words like "none" that people enter for servers without keys."""
+    value = "" if secret is None else secret.reveal()
+    if len(value) < 8:
+        return set()
+    return {form.encode() for form in (value, json.dumps(value)[1:-1], quote(value, safe=""))}
 
 
 def words(error: BaseException) -> str:

@@ -23,12 +23,12 @@ from providers.connections import Dial, Pools
 from providers.crypto import Secret
 from providers.destination import Policy
 from providers.own_addresses import OwnAddresses
-from providers.replies import ErrorReply, LocalReply, Reply, read_bounded, redact, words
+from providers.replies import ErrorReply, LocalReply, Reply, read_beginning, read_bounded, redact, words
 from providers.secret_stores import store_of
 from providers.secret_stores.sealed import open_sealed
 from providers.wire import Answer, Credential, Endpoint, Kind, WireRequest, origin_of
 
-__all__ = ["Reply", "ask", "mapped", "open_secret", "read_bounded", "stream"]
+__all__ = ["Reply", "ask", "mapped", "open_secret", "read_beginning", "read_bounded", "stream"]
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 
@@ -76,7 +76,7 @@ async def stream(
     except errors.ProviderError:
         response.close()
         raise
-    return response if secret is None or response.status < 300 else ErrorReply(response, secret)
+    return response if response.status < 300 else ErrorReply(response, secret)
 
 
 async def ask(

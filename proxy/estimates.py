@@ -12,9 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-import orjson
-
-from providers.adapters.json_values import mapping
+from providers.adapters.json_values import mapping, parse_object
 
 SLICES, SLICE_CHARS = 32, 128
 """Of texts that are longer than all slices together so many are counted, spread over them, and the rest is taken to be alike."""
@@ -63,7 +61,7 @@ def of_request(body: Mapping[str, Any]) -> int:
 def of_answer(body: bytes) -> int:
     """A whole chat completion that says nothing about its usage."""
     found = _Found()
-    choices, share = _some(mapping(orjson.loads(body)).get("choices"), MAX_MESSAGES)
+    choices, share = _some(parse_object(body).get("choices"), MAX_MESSAGES)
     for choice in choices:
         _take_message(mapping(mapping(choice).get("message")), share, found)
     return found.tokens()

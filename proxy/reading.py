@@ -17,7 +17,8 @@ from providers.wire import Chat, Event, Usage
 from proxy.dialects.openai import DONE
 
 _ODD = re.compile(rb'["\\\x00-\x1f]')
-_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*')
+# Possessive, so that no place to come back to is kept for every character.
+_STRING = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+')
 
 
 class AnswerReader:
@@ -29,7 +30,7 @@ class AnswerReader:
     """
 
     __slots__ = (
-        "_chat", "_choices", "_held", "_like", "_splitter", "_wants_usage",
+        "_chat", "_choices", "_held", "_held_bytes", "_like", "_splitter", "_wants_usage",
         "begun", "complete", "done", "events", "failure", "finish_reason", "text_bytes", "usage",
     )  # fmt: skip
 
@@ -39,6 +40,7 @@ class AnswerReader:
         self._wants_usage = wants_usage
         self._splitter = sse.Splitter()
         self._held: list[bytes] = []
+        self._held_bytes = 0
         self._like: tuple[bytes, bytes] | None = None
         self.begun = self.complete = self.done = False
         self.events = self.text_bytes = 0
@@ -122,7 +124,17 @@ class AnswerReader:
             if self._like is not None:
                 self.text_bytes += len(event.raw) - sum(map(len, self._like))
         if meaning.error is None and (not meaning.usage_only or self._wants_usage):
-            self._held.append(self._told(event))
+            self._hold(self._told(event))
+
+    def _hold(self, told: bytes) -> None:
+        """Keep an event for the caller. Before an answer begins, and after it is complete, no more than one event may have."""
+        self._held_bytes += len(told)
+        if self._held_bytes <= sse.MAX_EVENT_BYTES or (self.begun and not self.complete):
+            self._held.append(told)
+        elif self.complete:
+            self.done = True  # It has all that it needs.
+        else:
+            self.failure = ProtocolError(detail=f"{sse.MAX_EVENT_BYTES} bytes of events without any content")
 
     def _told(self, event: sse.RawEvent) -> bytes:
         """What the caller is given for an event."""
@@ -134,6 +146,7 @@ class AnswerReader:
             return b""
         released = b"".join(self._held)
         self._held.clear()
+        self._held_bytes = 0
         return released
 
     def ended(self) -> bytes:

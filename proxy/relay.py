@@ -30,7 +30,6 @@ from proxy.reading import AnswerReader
 from proxy.resume import Resumption
 
 MAX_PLAIN_BYTES = 24 * 1024 * 1024
-MAX_ERROR_BYTES = 64 * 1024
 ENDING_SECONDS = 0.5
 """How long a finished stream is waited for, for its usage and its `[DONE]`."""
 
@@ -212,7 +211,7 @@ async def _ending(reply: Reply, reader: AnswerReader, patience: Patience) -> Non
     """Whatever follows the finish reason, the stream is complete: usage and `[DONE]` are welcome, nothing else matters."""
     patience.finishing(ENDING_SECONDS)
     with contextlib.suppress(ProviderError):
-        while not reader.done and (data := await reply.read()):
+        while not (reader.done or reader.failure) and (data := await reply.read()):
             reader.feed(data)
 
 
@@ -234,21 +233,12 @@ async def _judge(reply: Reply, attempt: Attempt, *, stream: bool = False) -> Non
     """Raises what a status or a content type means; notes that the request was accepted."""
     kind = attempt.candidate.upstream.kind
     if not 200 <= reply.status < 300:
-        raise kind.classify(reply.status, reply.headers, await _beginning(reply))
+        raise kind.classify(reply.status, reply.headers, await reply.read())
     attempt.accepted = True
     if stream and "text/event-stream" not in reply.headers.get("content-type", "").lower():
         # A JSON body in place of a stream is an error inside a 200, or an upstream that does not stream.
-        _chat(attempt.candidate).read_completion(await _beginning(reply))
+        _chat(attempt.candidate).read_completion(await upstream.read_beginning(reply))
         raise ProtocolError(detail="a whole body came in place of a stream")
-
-
-async def _beginning(reply: Reply) -> bytes:
-    """As much of an error's body as there is and is useful; that it breaks off changes nothing about the error."""
-    body = b""
-    with contextlib.suppress(ProviderError):
-        while len(body) < MAX_ERROR_BYTES and (part := await reply.read()):
-            body += part
-    return body
 
 
 def _chat(candidate: Candidate) -> Chat:

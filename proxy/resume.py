@@ -13,7 +13,7 @@ from typing import Any, Literal
 import orjson
 
 from providers import sse
-from providers.adapters.json_values import mapping
+from providers.adapters.json_values import dump, mapping, parse_object
 from providers.errors import AnotherAnswer, Interrupted, ProviderError, UpstreamRefused
 from providers.wire import Chat, Event, Usage
 from proxy.reading import AnswerReader
@@ -29,6 +29,8 @@ HINDERING = (
     "guided_grammar", "guided_choice", "structured_outputs",
 )  # fmt: skip
 LIMITS = ("max_tokens", "max_completion_tokens")
+MOST_STOPS, LONGEST_STOP = 16, 256
+"""Stop strings, and characters in one, for which a seam is watched: each of its events is compared with all of them."""
 
 
 def may_resume(body: Mapping[str, Any]) -> bool:
@@ -79,6 +81,7 @@ class Resumption:
             and who not in self._refused
             and self._text.strip()
             and not self._continues()
+            and _can_be_watched(_stops(self._body))
         ):
             ways.append("prefill")
         if self._body.get("temperature") == 0:
@@ -186,7 +189,11 @@ class Seam:
         if any(-1 < joined.find(stop) < old for stop in self._stops):
             self.stopped, self._held = True, ""
             return ""
-        if any(stop.startswith(joined[start:]) for stop in self._stops for start in range(old)):
+        if any(
+            stop.startswith(joined[start:])
+            for stop in self._stops
+            for start in range(max(0, len(joined) - len(stop)), old)
+        ):
             return ""
         return self.rest()
 
@@ -229,7 +236,7 @@ class ContinuationReader(AnswerReader):
             )
 
     def _told(self, event: sse.RawEvent) -> bytes:
-        chunk = orjson.loads(event.data)
+        chunk = parse_object(event.data)
         keeps = False
         for choice in filter(mapping, chunk.get("choices") or ()):
             choice["delta"] = delta = self._delta(mapping(choice.get("delta")))
@@ -246,7 +253,7 @@ class ContinuationReader(AnswerReader):
             keeps = True
         if not keeps:
             return b""
-        return b"data: " + orjson.dumps({**chunk, **self._resumption.envelope}) + b"\n\n"
+        return b"data: " + dump({**chunk, **self._resumption.envelope}) + b"\n\n"
 
     def _delta(self, delta: Mapping[str, Any]) -> dict[str, Any]:
         """What is new in it: no role, no reasoning about an answer that has begun, no text that the caller has."""
@@ -283,6 +290,10 @@ class ContinuationReader(AnswerReader):
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
+
+
+def _can_be_watched(stops: list[str]) -> bool:
+    return len(stops) <= MOST_STOPS and max(map(len, stops), default=0) <= LONGEST_STOP
 
 
 def _stops(body: Mapping[str, Any]) -> list[str]:

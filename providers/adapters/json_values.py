@@ -19,10 +19,25 @@ def parse_object(data: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise ProtocolError(detail=f"not JSON: {error}") from None
+        value = _with_half_characters(data, error)
     if not isinstance(value, dict):
         raise ProtocolError(detail=f"a JSON object was expected, not {type(value).__name__}")
     return value
+
+
+def _with_half_characters(data: bytes, error: Exception) -> Any:
+    """Some servers cut a text within a character that JSON escapes as two halves. orjson refuses a half alone, the slower
+    library does not."""
+    try:
+        if b"\\u" in data:
+            return json.loads(data.decode(), parse_constant=_not_json)
+    except (ValueError, RecursionError):
+        pass
+    raise ProtocolError(detail=f"not JSON: {error}") from None
+
+
+def _not_json(name: str) -> Any:
+    raise ValueError(name)
 
 
 def object_or_empty(data: bytes) -> dict[str, Any]:

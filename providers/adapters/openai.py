@@ -35,7 +35,8 @@ Address = Callable[[Endpoint], str]
 
 JSON: Headers = (("Content-Type", "application/json"),)
 
-_TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments)"\s*:\s*"((?:[^"\\]|\\.)+)"')
+# Possessive: with a place to come back to for every character, a megabyte of text would take 130 MB and 0.2 s.
+_TEXT = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments)"\s*:\s*"((?:[^"\\]++|\\.)++)"')
 
 
 def around_text(raw: bytes) -> tuple[bytes, bytes] | None:

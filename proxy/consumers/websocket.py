@@ -17,6 +17,7 @@ from channels.consumer import AsyncConsumer
 from audit.request_ids import REQUEST_ID, request_id_from
 from audit.strict_json import StrictJSONError, loads
 from providers import sse
+from providers.adapters.json_values import dump, parse_object
 from providers.adapters.openai import read_event
 from providers.errors import ProviderError
 from providers.wire import Usage
@@ -52,7 +53,7 @@ class Socket:
         if not self.open:
             return
         try:
-            await self._send({"type": "websocket.send", "text": orjson.dumps(content).decode()})
+            await self._send({"type": "websocket.send", "text": dump(content).decode()})
         except OSError:
             # The peer has just left. The one who receives is told so too, and ends what still runs.
             self.open = False
@@ -95,7 +96,7 @@ class FrameSink:
         self._usage = meaning.usage or self._usage
         self._tokens += meaning.commits
         if self._wants_usage or not meaning.usage_only:
-            await self._socket.frame(id=self._id, type="chunk", data=orjson.loads(data))
+            await self._socket.frame(id=self._id, type="chunk", data=parse_object(data))
 
     async def end(self, data: bytes) -> None:
         await self.send(data)

@@ -648,9 +648,10 @@ def test_f16_a_websocket_caller_that_pings_and_reads_nothing_is_cut(serve: Calla
         sock.sendall(WEBSOCKET + b"\r\n")
         assert statuses(sock.recv(4096)) == [101]
         deadline = time.monotonic() + 8
-        with pytest.raises(ConnectionError):
+        with contextlib.suppress(ConnectionError):
             while time.monotonic() < deadline:
                 sock.sendall(pings)
+        assert time.monotonic() < deadline
 
 
 def is_established(port: int, peer: str) -> bool:

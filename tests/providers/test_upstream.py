@@ -727,6 +727,52 @@ def test_f16_a_large_answer_comes_in_portions_that_are_small_enough_to_keep(tls:
         assert runner.run(largest()) <= http1.READ_BYTES + 2 * http1.READ_BUFFER
 
 
+@pytest.mark.parametrize(
+    "until_the_end", [False, True], ids=["its length is told", "it ends with the connection"]
+)
+def test_f04_an_answer_is_whole_though_its_provider_hangs_up_while_it_is_being_taken(
+    until_the_end: bool,
+) -> None:
+    """On the loop that we serve with, which forgets at the end of a connection what it has not decrypted yet."""
+    body = os.urandom(900_000)
+    authority = Authority()
+    length = b"" if until_the_end else b"Content-Length: %d\r\n" % len(body)
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            try:
+                connection = listener.accept()[0]
+            except OSError:
+                return
+            with (
+                contextlib.suppress(OSError),
+                authority.context.wrap_socket(connection, server_side=True) as tls,
+            ):
+                asked = b""
+                while not asked.endswith(b"}"):
+                    asked += tls.recv(65536)
+                tls.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n%b\r\n" % length + body)
+
+    async def taken() -> list[bytes]:
+        where = endpoint(0, base_url=f"https://127.0.0.1:{port}/v1", ca_pem=authority.pem)
+        found = []
+        async with connections.Pools() as pools:
+            for pause in (0.0, 0.02) * 4:
+                reply = await upstream.stream(pools, where, question(where), credential=None)
+                parts = []
+                while part := await reply.read():
+                    parts.append(part)
+                    await asyncio.sleep(pause)
+                found.append(b"".join(parts))
+        return found
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            assert [each == body for each in runner.run(taken())] == [True] * 8
+
+
 async def test_r31_a_certificate_of_another_host_is_a_tls_error(pools: connections.Pools) -> None:
     authority = Authority("other.example")
     async with Server(quiet).listening(authority.context) as server:

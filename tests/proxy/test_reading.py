@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,21 @@ EXPECTED = b"".join([ROLE, *WORDS, b": keep-alive\n\n", FINISH])
 def reader(*, choices: int = 1, wants_usage: bool = False) -> AnswerReader:
     assert CHAT is not None
     return AnswerReader(CHAT, choices=choices, wants_usage=wants_usage)
+
+
+@pytest.mark.parametrize("text", ["x" * 900_000, "\\n" * 450_000], ids=["plain", "escaped"])
+def test_r30_a_large_event_takes_little_more_memory_than_it_has(text: str) -> None:
+    one = reader()
+    events = [event({"content": each}).replace(b"TEXT", text.encode()) for each in ("first", "TEXT", "TEXT")]
+    tracemalloc.start()
+    try:
+        # With other ids, so that each is read; then alike, so that it is not.
+        out = feed(one, [events[0], events[1].replace(b"c1", b"c2"), events[2].replace(b"c1", b"c2")])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(out) > 2 * len(text)
+    assert peak < 24 * 1024 * 1024
 
 
 def feed(one: AnswerReader, parts: list[bytes]) -> bytes:

@@ -12,8 +12,10 @@ import httpx
 import pytest
 from channels.testing import HttpCommunicator
 
+from providers.sse import MAX_EVENT_BYTES
 from proxy.spool import Spool
 from tests.support import answers, faults
+from tests.support.http_server import Exchange
 from tests.support.inprocess import House
 from tests.support.ports import free_port
 from tests.support.upstream import Upstream
@@ -156,6 +158,31 @@ def test_what_goes_wrong_before_the_first_byte_is_taken_over(
     assert first["status"] != "success" and first["completion_tokens"] == 0
     assert second["status"] == "success" and second["attempt"] == 2
     assert first["request_id"] == second["request_id"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("ending", ["breaks off", "stalls"])
+@pytest.mark.parametrize("key", ["sk-secret-0123456789", ""], ids=["with a key", "without"])
+def test_f12_an_error_means_the_same_though_its_body_breaks_off_or_stalls(
+    house: House, upstream: Upstream, fallback: Upstream, key: str, ending: str, stream: bool
+) -> None:
+    body = json.dumps(answers.error_body("maximum context length", "context_length_exceeded")).encode()
+
+    async def behave(exchange: Exchange) -> None:
+        await exchange.head(400, answers.JSON)
+        await exchange.body(body)
+        await (exchange.hang_up() if ending == "breaks off" else exchange.silence())
+
+    upstream.behave(behave)
+    first = house.provide("first", f"{upstream.url}/v1", key=key)
+    second = house.provide("second", f"{fallback.url}/v1", models=("big",))
+    house.activate((first, "tiny"), (second, "big"))
+    began = time.monotonic()
+
+    response = house.ask(None, stream=stream)
+
+    assert (response.status_code, response.headers.get("x-penstock-provider")) == (200, "second")
+    assert time.monotonic() - began < 4
 
 
 def _plain_with_short_patience(pair: House) -> httpx.Response:
@@ -370,6 +397,39 @@ def test_r30_an_endless_line_ends_with_an_error_and_little_memory(pair: House, u
     assert response.status_code == 502
     assert response.json()["error"]["code"] == "upstream_protocol_error"
     assert upstream.ledger.last.bytes_sent < 64 * 1024 * 1024
+
+
+EMPTY = b'data: {"choices":[{"index":0,"delta":{"role":"assistant"}}],"junk":"%b"}\n\n' % (b"x" * 60_000)
+HELLO = b'data: {"choices":[{"index":0,"delta":{"content":"hello"}}]}\n\n'
+FINISHED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("begin", "endless", "status"),
+    [(b"", EMPTY, 502), (HELLO + FINISHED, EMPTY, 200), (HELLO + FINISHED, b"x" * 65536, 200)],
+    ids=["before the answer", "after it", "a line after it"],
+)
+def test_r30_what_surrounds_an_answer_is_not_kept_without_end(
+    house: House, upstream: Upstream, begin: bytes, endless: bytes, status: int
+) -> None:
+    async def behave(exchange: Exchange) -> None:
+        await exchange.head(200, answers.SSE)
+        await exchange.body(begin)
+        while True:
+            await exchange.body(endless)
+
+    upstream.behave(behave)
+    house.provide("only", f"{upstream.url}/v1")
+
+    response = house.ask(stream=True)
+
+    assert response.status_code == status
+    assert len(response.content) < 2 * MAX_EVENT_BYTES
+    if status == 200:
+        assert text_of(response) == "hello" and events(response)[-1] == "[DONE]"
+    else:
+        assert response.json()["error"]["code"] == "upstream_protocol_error"
+        assert upstream.ledger.last.bytes_sent < 64 * 1024 * 1024
 
 
 def test_r30_an_endless_body_is_refused(pair: House, upstream: Upstream) -> None:

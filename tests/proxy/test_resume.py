@@ -112,6 +112,15 @@ def test_a_stop_string_that_takes_several_events_after_the_seam_is_not_shown_in_
     assert reader.complete and reader.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stops", [["x"] * 17, ["x" * 257]], ids=["many", "long"])
+def test_where_the_stop_strings_are_too_much_to_watch_nobody_goes_on_within_the_text(
+    stops: list[str],
+) -> None:
+    assert broken_after("one", stop=stops).ways(VLLM, "other") == []
+    assert broken_after("one", stop=stops, temperature=0).ways(VLLM, "other") == ["restart"]
+    assert broken_after("one", stop=["x" * 256] * 16).ways(VLLM, "other") == ["prefill"]
+
+
 def test_what_was_held_for_a_stop_string_that_never_came_is_told_at_the_end() -> None:
     resumption = broken_after("one <|e", stop=["<|end|>"])
     text, reader = go_on(resumption, VLLM, "prefill", *second("n", "d"))

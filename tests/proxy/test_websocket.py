@@ -67,6 +67,26 @@ def test_a_request_streams_as_frames_and_ends_with_its_usage(pair: House, path: 
     assert pair.records()[0]["status"] == "success"
 
 
+@pytest.mark.parametrize(
+    "texts", [["a", "\\ud83d", "\\ude00", "b"], ["\\ud83d", "\\ude00", "b"]], ids=["within", "at first"]
+)
+def test_half_a_character_in_an_event_is_passed_on_as_over_http(
+    pair: House, upstream: Upstream, texts: list[str]
+) -> None:
+    """Servers that count in UTF-16 cut an emoji into two events; whoever joins them has it whole."""
+    lines = [f'{{"choices":[{{"index":0,"delta":{{"content":"{text}"}}}}]}}' for text in texts]
+    lines += ['{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}', "[DONE]"]
+    body = "".join(f"data: {line}\n\n" for line in lines).encode()
+    upstream.behave(answers.raw(body, headers=answers.SSE))
+    with dial(pair) as socket:
+        ask(socket, "r1", model="first/tiny")
+        *chunks, done = frames_of(socket, "r1")
+    assert done["type"] == "done"
+    text = "".join(c["delta"].get("content") or "" for f in chunks for c in f["data"]["choices"])
+    assert text.encode("utf-16", "surrogatepass").decode("utf-16").removeprefix("a") == "😀b"
+    assert pair.ask("first/tiny", stream=True).content == body
+
+
 def test_a_browser_offers_its_key_as_a_subprotocol_and_it_is_never_echoed(pair: House) -> None:
     with dial(pair, key="", subprotocols=["penstock.v1", f"penstock.key.{pair.key}"]) as socket:
         assert socket.subprotocol == "penstock.v1"
