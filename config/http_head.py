@@ -87,6 +87,11 @@ class Head:
         """Whether an upgrade that llhttp saw is one that is served; any other is ignored."""
         return self.upgrades == (b"websocket",) and method == "GET"
 
+    @property
+    def offers_http2(self) -> bool:
+        """Whether it only offers to speak HTTP/2, as Java's client does in the first request of a connection."""
+        return self.upgrades == (b"h2c",)
+
     def check(self, *, method: str, version: str, upgrade: bool) -> None:
         """Judge the complete head. Raises ``RequestRefused``."""
         if version not in ("1.1", "1.0"):
@@ -97,7 +102,7 @@ class Head:
             raise RequestRefused(400, "The request has no Host header.")
         if self.chunked and version == "1.0":
             raise RequestRefused(400, "An HTTP/1.0 request cannot be chunked.")
-        if upgrade and self.body:
+        if upgrade and self.body and not self.offers_http2:
             # llhttp takes what follows such a head for the new protocol, so the body would be read as requests.
             raise RequestRefused(400, "A request that asks for an upgrade cannot have a body.")
 

@@ -36,6 +36,7 @@ BODY_PROGRESS_BYTES = 4096
 WRITE_BYTES = 32 * 1024
 # Requests behind the one being answered, from which on a connection is not read from until it is their turn.
 MAX_WAITING = 8
+OFFER = (b"connection", b"upgrade", b"http2-settings")
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -60,6 +61,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._deaf = False  # Whatever arrives from now on is not looked at.
         self._lingering = False
         self._websocket = False
+        self._offered = False  # The head at hand offers another protocol.
         self._body_progress = 0
         self._since = 0.0
         self._unsent = 0
@@ -158,6 +160,9 @@ class HttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
+            if self._offered:
+                self._decline(data[upgrade.args[0] :])
+                return
             self._switch(complete=upgrade.args[0] == len(data))
         except httptools.HttpParserError as exc:
             self._refuse(self._reason(exc))
@@ -179,6 +184,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_arrived += arrived
         if self._head_arrived > self.limits.head_bytes and not self._deaf:
             self._refuse(self._head_too_large())
+
+    def _decline(self, rest: bytes) -> None:
+        """Take in the head of an offered upgrade once more, as if nothing had been offered (RFC 9110, 7.8): the parser takes what
+        follows such a head for the new protocol, and it may be a body."""
+        self._offered = False
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        lines = [b"%b: %b" % header for header in self.headers if header[0] not in OFFER]
+        self.parser = httptools.HttpRequestParser(self)
+        self.data_received(b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"", rest]))
 
     def _switch(self, *, complete: bool) -> None:
         if not self._websocket:
@@ -233,6 +247,9 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_split or self._feeding > self.limits.head_bytes:
             self._check_head_bytes()
         head.check(method=method, version=version, upgrade=upgrade)
+        if upgrade and head.offers_http2:
+            self._offered = True
+            return
         self.url = origin_form(self.url, host=head.host)
         scope["method"], scope["http_version"] = method, version
         scope["state"]["on_leaving"] = None  # See Exchange.disconnect.
@@ -296,6 +313,8 @@ class HttpProtocol(HttpToolsProtocol):
         exchange.message_event.set()
 
     def on_message_complete(self) -> None:
+        if self._offered:
+            return
         if not self._websocket and not self.cycle.response_complete:
             self.cycle.more_body = False
             self.cycle.message_event.set()

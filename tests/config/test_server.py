@@ -236,7 +236,7 @@ REFUSED_HEADS = {
     "absolute target with user": b"GET http://a@b/echo HTTP/1.1\r\nHost: a\r\n\r\n",
     "lower case method": b"get / HTTP/1.1\r\nHost: a\r\n\r\n",
     "garbage": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
-    "upgrade with a body": POST + b"Connection: upgrade\r\nUpgrade: h2c\r\nContent-Length: 45\r\n\r\n",
+    "upgrade with a body": POST + b"Connection: upgrade\r\nUpgrade: tls/1.2\r\nContent-Length: 45\r\n\r\n",
     "websocket with a body": WEBSOCKET + b"Content-Length: 45\r\n\r\n",
     "websocket with two Hosts": WEBSOCKET + b"Host: b\r\n\r\n",
     "websocket with early frames": WEBSOCKET + b"\r\n\x81\x00",
@@ -349,7 +349,27 @@ def test_r40_forwarded_headers_count_only_from_trusted_proxies(
 
 
 def test_an_upgrade_that_is_not_served_is_ignored_and_ends_the_connection(toy: Toy) -> None:
-    assert statuses(toy.ask(GET + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n" + NEXT)) == [200]
+    assert statuses(toy.ask(GET + b"Connection: Upgrade\r\nUpgrade: tls/1.2\r\n\r\n" + NEXT)) == [200]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 10_000])
+@pytest.mark.parametrize(
+    "body", [b"Content-Length: 3\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"]
+)
+def test_an_offer_to_speak_http_2_is_passed_over(toy: Toy, body: bytes, piece: int) -> None:
+    """Java's client makes one in the first request of each connection, with a body or without, and goes on with either answer."""
+    offer = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQ\r\n"
+    data = offer + b"X-Kept: yes\r\n" + body
+    with toy.dial() as sock:
+        for start in range(0, len(data), piece):
+            sock.sendall(data[start : start + piece])
+        answer = json_of(read_answer(sock))
+        assert answer["body"] == "abc"
+        names = dict(answer["headers"])
+        assert names["x-kept"] == "yes"
+        assert names.keys().isdisjoint({"connection", "upgrade", "http2-settings"})
+        sock.sendall(POST + b"Content-Length: 3\r\n\r\nxyz")
+        assert json_of(read_answer(sock))["body"] == "xyz"
 
 
 def test_an_application_that_raises_answers_json_without_the_reason(toy: Toy) -> None:
