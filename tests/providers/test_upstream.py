@@ -463,6 +463,21 @@ async def test_r53_an_upstream_that_repeats_our_key_in_its_error_tells_nobody(
     assert answer.body == body
 
 
+async def test_r53_an_error_that_breaks_off_within_our_key_tells_nothing_of_it(
+    pools: connections.Pools,
+) -> None:
+    said = b"bad key " + SECRET[:-1].encode()
+
+    async def handler(exchange: Exchange) -> None:
+        await exchange.send(b"HTTP/1.1 401 No\r\nContent-Length: 1000\r\n\r\n" + said)
+        exchange.writer.close()
+
+    async with Server(handler).listening() as server:
+        where = endpoint(server.port)
+        reply = await upstream.stream(pools, where, question(where), credential=credential(where))
+        assert await upstream.read_bounded(reply, 10_000) == b"bad key "
+
+
 async def test_r30_of_a_huge_error_only_the_beginning_is_kept(pools: connections.Pools) -> None:
     async def handler(exchange: Exchange) -> None:
         await exchange.send(b"HTTP/1.1 500 Oops\r\nContent-Length: 1000000000\r\n\r\n")
