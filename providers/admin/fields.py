@@ -69,7 +69,9 @@ class LinesField(forms.CharField):
         """An empty list is a value."""
 
     def run_validators(self, value: Any) -> None:
-        """The column's own validators judge the list."""
+        """Each line is text like any other; the column's own validators judge the list."""
+        for line in value:
+            super().run_validators(line)
 
     def has_changed(self, initial: Any, data: Any) -> bool:
         return bool((initial or []) != self.to_python(data))
