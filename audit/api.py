@@ -17,6 +17,7 @@ from rest_framework.authentication import get_authorization_header
 from rest_framework.pagination import PageNumberPagination
 from rest_framework.parsers import JSONParser
 from rest_framework.permissions import BasePermission
+from rest_framework.renderers import JSONRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.throttling import BaseThrottle
@@ -44,6 +45,7 @@ __all__ = [
     "LongPages",
     "Pages",
     "StrictJSONParser",
+    "UTF8Renderer",
     "error_response",
 ]
 
@@ -114,6 +116,17 @@ class StrictJSONParser(JSONParser):
             return loads(body)
         except StrictJSONError as error:
             raise exceptions.ParseError(str(error)) from error
+
+
+class UTF8Renderer(JSONRenderer):
+    """JSON in which half of a surrogate pair, which an older row may hold, makes all text escapes: UTF-8 cannot write it."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().render(*args, **kwargs)
+        except UnicodeEncodeError:
+            self.ensure_ascii = True  # type: ignore[misc]  # each answer has a renderer of its own
+            return super().render(*args, **kwargs)
 
 
 class Pages(PageNumberPagination):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from django.core.exceptions import ValidationError
 from django.db.models import Model
 from django.db.models.query import QuerySet
 from django_filters.rest_framework import DjangoFilterBackend
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
 Row = TypeVar("Row", bound=Model)
 COMMON = frozenset({"page", "page_size", "search", "ordering"})
 MAX_UNKNOWN = 20
+YEARS = range(1970, 3000)
+
+
+def check_year(moment: datetime) -> None:
+    """Far off, a time has no counterpart in UTC that could be compared."""
+    if moment.year not in YEARS:
+        raise ValidationError(f"Write a year from {YEARS[0]} to {YEARS[-1]}.")
 
 
 class KnownParameters(BaseFilterBackend):

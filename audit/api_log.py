@@ -13,6 +13,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from audit.api import LongPages
+from audit.api_filters import check_year
 from audit.api_views import Door
 from audit.models import Entry, Head
 from audit.search import about_fingerprint
@@ -51,8 +52,12 @@ class VerificationSerializer(serializers.Serializer[Any]):
 
 class EntryFilter(filters.FilterSet):  # type: ignore[misc]
     actor = filters.CharFilter(field_name="username", help_text="A user name.")
-    since = filters.IsoDateTimeFilter(field_name="timestamp", lookup_expr="gte", help_text="From then on.")
-    until = filters.IsoDateTimeFilter(field_name="timestamp", lookup_expr="lt", help_text="Before then.")
+    since = filters.IsoDateTimeFilter(
+        field_name="timestamp", lookup_expr="gte", validators=[check_year], help_text="From then on."
+    )
+    until = filters.IsoDateTimeFilter(
+        field_name="timestamp", lookup_expr="lt", validators=[check_year], help_text="Before then."
+    )
     fingerprint = filters.CharFilter(
         method="with_fingerprint",
         help_text="Of a provider's key, as POST api-keys/fingerprint tells it: where it was set or replaced.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any, Protocol
 
 GENESIS = "0" * 64
@@ -36,3 +37,18 @@ def link(previous: str, entry: Chained) -> str:
     values["timestamp"] = entry.timestamp.astimezone(UTC).isoformat(timespec="microseconds")
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(f"{previous}\n{text}".encode()).hexdigest()
+
+
+def storable(value: Any) -> Any:
+    """A JSON value whose numbers every database gives back as they are hashed.
+
+    PostgreSQL writes numbers out, so that 1e16 comes back as an integer, and has no -0.0. What Python writes without an
+    exponent, or with a negative one, comes back as the same float.
+    """
+    if isinstance(value, dict):
+        return {name: storable(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(item) for item in value]
+    if isinstance(value, float) and abs(value) >= 1e16:
+        return int(Decimal(repr(value)))
+    return 0.0 if isinstance(value, float) and value == 0 else value

@@ -55,7 +55,7 @@ class Change:
 
     def add(self, *, verb: str, identity: Identity, changes: dict[str, list[Any]]) -> None:
         """Note that a thing was added, updated or deleted; a second note about the same thing joins the first."""
-        changes = {f"{identity.prefix}{name}": pair for name, pair in changes.items()}
+        changes = {f"{identity.prefix}{name}": chain.storable(pair) for name, pair in changes.items()}
         key = (identity.entity_type, identity.entity_id)
         entry = self.entries.get(key)
         if entry is None:

@@ -56,6 +56,12 @@ def loads(body: bytes, *, counted: bool = True) -> Any:
     return value
 
 
+def readable(value: Any, *, indent: int | None = None) -> str:
+    """JSON for people to read. Half of a surrogate pair, which an older row may hold, stays an escape: UTF-8 cannot write it."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _check_size(body: bytes) -> None:
     if len(body) < SMALL:
         return

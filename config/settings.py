@@ -447,7 +447,7 @@ REST_FRAMEWORK: dict[str, Any] = {
         "audit.api_filters.KnownOrdering",
     ],
     "DEFAULT_PARSER_CLASSES": ["audit.api.StrictJSONParser"],
-    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "DEFAULT_RENDERER_CLASSES": ["audit.api.UTF8Renderer"],
     "DEFAULT_THROTTLE_CLASSES": ["audit.api.CallerThrottle"],
     "DEFAULT_SCHEMA_CLASS": "config.openapi.NamedSchema",
     "EXCEPTION_HANDLER": "audit.api.error_response",

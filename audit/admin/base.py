@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.apps import apps
 from django.contrib import admin
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.db import DataError
 from django.db.models import Model
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.urls import URLPattern, path, reverse
@@ -116,6 +118,13 @@ class AuditedAdmin(ModelAdmin):
         if request.method != "POST" or (asked and asked <= self.unrecorded_actions):
             return view(request, extra_context)
         return write(request, lambda: view(request, extra_context))
+
+    def get_changelist_instance(self, request: HttpRequest) -> Any:
+        """A filter in the address that no database can answer is one that Django cannot read: the list without it."""
+        try:
+            return super().get_changelist_instance(request)
+        except (ValueError, OverflowError, DataError) as error:
+            raise IncorrectLookupParameters(str(error)) from error
 
     def history_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponse:
         """The history of an object is what the audit log says about it."""

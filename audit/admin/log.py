@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -16,6 +15,7 @@ from audit.admin.base import ReadOnlyAdmin
 from audit.diff import HIDDEN
 from audit.models import Entry
 from audit.search import about_fingerprint
+from audit.strict_json import readable
 
 FINGERPRINT = re.compile(r"[0-9a-f]{24}")
 
@@ -94,4 +94,4 @@ def shown(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else readable(value)

@@ -170,8 +170,20 @@ class PersonAdmin(AuditedAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # D
 
 @admin.register(Group)
 class RoleAdmin(AuditedAdmin, DjangoGroupAdmin):
+    """Teams, and a look at the roles, which are what `audit.roles` makes of them."""
+
     fields = ("name", "permissions")
     list_display = ("name",)
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return not is_role(obj) and super().has_change_permission(request, obj)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return not is_role(obj) and super().has_delete_permission(request, obj)
+
+
+def is_role(group: Any) -> bool:
+    return isinstance(group, Group) and group.name in list(roles.Role)
 
 
 def keeping_an_administrator(request: HttpRequest, view: Callable[[], HttpResponseBase]) -> HttpResponseBase:

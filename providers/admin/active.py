@@ -141,7 +141,7 @@ class ActiveProviderAdmin(AuditedAdmin):
         extra_context: Any = None,
     ) -> Any:
         """object_id: the purpose, or the row's number."""
-        row, purpose = self._find(object_id)
+        row, purpose = self._find(request, object_id)
         may_change = self.has_change_permission(request, row)
         if not (may_change or (request.method != "POST" and self.has_view_permission(request, row))):
             raise PermissionDenied
@@ -152,7 +152,7 @@ class ActiveProviderAdmin(AuditedAdmin):
     def clear_view(self, request: HttpRequest, purpose: str) -> HttpResponseBase:
         if request.method != "POST" or not self.has_change_permission(request):
             raise PermissionDenied
-        _, known = self._find(purpose)
+        _, known = self._find(request, purpose)
         return write(request, lambda: self._cleared(request, known))
 
     def _cleared(self, request: HttpRequest, purpose: Purpose) -> HttpResponse:
@@ -248,14 +248,10 @@ class ActiveProviderAdmin(AuditedAdmin):
     def _version(self, row: ActiveProvider | None) -> str:
         return "" if row is None else row_version(row)
 
-    def _find(self, object_id: str | None) -> tuple[ActiveProvider | None, Purpose]:
+    def _find(self, request: HttpRequest, object_id: str | None) -> tuple[ActiveProvider | None, Purpose]:
         if object_id in Purpose.values:
             return ActiveProvider.objects.filter(purpose=object_id).first(), Purpose(object_id)
-        row = (
-            ActiveProvider.objects.filter(pk=int(object_id)).first()
-            if object_id and object_id.isdecimal()
-            else None
-        )
+        row = self.get_object(request, object_id or "")
         if row is None:
             raise Http404
         return row, Purpose(row.purpose)

@@ -6,10 +6,13 @@ from typing import Any
 
 from django import forms
 from django.core.exceptions import ValidationError
-from unfold.widgets import TEXTAREA_CLASSES, UnfoldAdminPasswordWidget
+from django.forms.fields import InvalidJSONInput
+from unfold.widgets import TEXTAREA_CLASSES, UnfoldAdminPasswordWidget, UnfoldAdminTextareaWidget
 
+from audit.strict_json import StrictJSONError, loads, readable
 from providers import keys
 from providers.models import ApiKey
+from providers.models.checks import check_metadata
 
 KEY_HELP = (
     "Empty keeps the stored key. Instead of the key itself you may write where it is kept: "
@@ -66,7 +69,9 @@ class LinesField(forms.CharField):
         """An empty list is a value."""
 
     def run_validators(self, value: Any) -> None:
-        """The column's own validators judge the list."""
+        """Each line is text like any other; the column's own validators judge the list."""
+        for line in value:
+            super().run_validators(line)
 
     def has_changed(self, initial: Any, data: Any) -> bool:
         return bool((initial or []) != self.to_python(data))
@@ -98,3 +103,29 @@ class HeadersField(LinesField):
             return bool((initial or {}) != self.to_python(data))
         except ValidationError:
             return True
+
+
+class ObjectField(forms.JSONField):
+    """An object typed as JSON, read as strictly as by the API. An empty box, or null, is an empty object."""
+
+    default_validators = [check_metadata]
+
+    def __init__(self, **kwargs: Any) -> None:
+        widget = UnfoldAdminTextareaWidget({"spellcheck": "false"})
+        super().__init__(required=False, initial=dict, widget=widget, **kwargs)
+        # Whatever else is empty, like a list, is for the validators to refuse.
+        self.empty_values = [None, {}]
+
+    def prepare_value(self, value: Any) -> Any:
+        return value if isinstance(value, InvalidJSONInput) else readable(value)
+
+    def bound_data(self, data: Any, initial: Any) -> Any:
+        """What was typed is shown again as it was typed."""
+        return InvalidJSONInput(data or "")
+
+    def to_python(self, value: Any) -> Any:
+        try:
+            found = loads(value.encode()) if value and value.strip() else None
+        except StrictJSONError as error:
+            raise ValidationError(str(error)) from error
+        return {} if found is None else found

@@ -14,7 +14,7 @@ from audit.admin import VersionedForm
 from audit.roles import may
 from providers import keys
 from providers.adapters import KINDS
-from providers.admin.fields import KEY_HELP, HeadersField, LinesField, SecretField
+from providers.admin.fields import KEY_HELP, HeadersField, LinesField, ObjectField, SecretField
 from providers.models import ApiKey, Provider, Purpose, UpstreamModel
 
 HELP_FOR_NEW = KEY_HELP.removeprefix("Empty keeps the stored key. ")
@@ -45,6 +45,7 @@ class ProviderForm(WithSecret):
     custom_headers = HeadersField(
         label="Extra headers", help_text="Sent with every request, one in each line: X-Team: blue"
     )
+    metadata = ObjectField()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -104,6 +105,8 @@ class VendorForm(ProviderForm):
 
 
 class ApiKeyForm(WithSecret):
+    metadata = ObjectField()
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if "api_key" not in self.fields:

@@ -212,6 +212,6 @@ class ProviderAdmin(EndpointAdmin):
         self, request: HttpRequest, object_id: str, form_url: str = "", extra_context: Any = None
     ) -> HttpResponse:
         """Servers share the numbers of providers, and links by number may mean either."""
-        if object_id.isdecimal() and Server.objects.filter(pk=int(object_id)).exists():
+        if self.admin_site.get_model_admin(Server).get_object(request, object_id) is not None:
             return HttpResponseRedirect(reverse("admin:providers_server_change", args=[object_id]))
         return super().change_view(request, object_id, form_url, extra_context)

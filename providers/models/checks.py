@@ -9,6 +9,8 @@ from typing import Any
 
 from django.core.exceptions import ValidationError
 
+from audit.strict_json import StrictJSONError, loads
+
 NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}")
 VALUE = re.compile(r"[\x20-\x7e\xa1-\xff]{0,8192}")
 FORBIDDEN = frozenset(
@@ -63,10 +65,16 @@ def check_headers(headers: Any) -> None:
 
 
 def check_metadata(metadata: Any) -> None:
+    """An object of at most 16 KiB that every database can hold and every reader of JSON can read again."""
     if not isinstance(metadata, dict):
         raise ValidationError("Write an object.")
-    if len(json.dumps(metadata)) > MAX_METADATA:
+    text = json.dumps(metadata)
+    if len(text) > MAX_METADATA:
         raise ValidationError("At most 16 KiB.")
+    try:
+        loads(text.encode())
+    except StrictJSONError as error:
+        raise ValidationError(str(error)) from error
 
 
 def check_ca(pem: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from audit.admin import guarded
 from audit.api_errors import ip_of, request_id_of
 from audit.models import Head
 from audit.roles import may
+from audit.strict_json import readable
 from providers import transfer
 from providers.keyring import WrongEncryptionKey
 from proxy.api.backups import attachment
@@ -170,7 +170,7 @@ def _rows(changes: dict[str, list[Any]]) -> list[tuple[str, str, str]]:
 def _text(value: Any) -> str:
     if value is None or value in ("", [], {}):
         return "-"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else readable(value)
 
 
 def _where(request: HttpRequest) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from audit.admin import AuditedAdmin, VersionedForm
 from audit.admin.versions import ModelForm
 from providers.admin import places
 from providers.admin.badges import badge, health_badge, health_of
-from providers.admin.fields import LinesField
+from providers.admin.fields import LinesField, ObjectField
 from providers.models import Provider
 from proxy import dry_run
 from proxy.errors import GatewayError
@@ -40,6 +40,8 @@ NAMED = 3
 
 
 class RouteForm(VersionedForm):
+    config = ObjectField()
+
     class Meta:
         model = ModelRoute
         fields: ClassVar[list[str]] = []
@@ -56,6 +58,7 @@ class NodeForm(ModelForm):
         help_text="Its place in the order. Empty: at the end.",
     )
     models = LinesField(rows=2, help_text="One in each line. Empty: the provider's models for the purpose.")
+    metadata = ObjectField()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

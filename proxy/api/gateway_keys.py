@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any, ClassVar
 
+from django.conf import settings
 from django.db.models.query import QuerySet
 from drf_spectacular.utils import extend_schema
 from rest_framework import serializers
@@ -205,6 +206,8 @@ class GatewayKeys(Bulk, Rows):
             key = self.get_object()
             if not key.usable:
                 raise Conflict("Only a key that can be used now can be lent.")
+            if key.pepper not in settings.PENSTOCK_PEPPERS:
+                raise Conflict("Nobody can use this key: PENSTOCK_PEPPERS has its pepper no more. Rotate it.")
             token, until = keys.browser_token(
                 key, seconds=form.validated_data.get("expires_in", keys.BROWSER_SECONDS)
             )

@@ -157,7 +157,9 @@ class RouteStateSerializer(serializers.Serializer[Any]):
 
 
 class RouteFilter(filters.FilterSet):  # type: ignore[misc]
-    provider = filters.NumberFilter(field_name="nodes__provider", distinct=True)
+    provider = filters.NumberFilter(
+        field_name="nodes__provider", distinct=True, min_value=1, max_value=NUMBER["max_value"]
+    )
 
     class Meta:
         model = ModelRoute

@@ -20,6 +20,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from audit.api import LongPages
+from audit.api_filters import YEARS
 from audit.api_views import Door, KnownFields
 from proxy import exports, reports
 from proxy.models import UsageHour, UsageRecord
@@ -31,7 +32,6 @@ MOST_LINES = 10_000
 """Lines of a summary in one answer."""
 MOST_LINES_AT_ONCE = 50_000
 """Lines of one hour or day of a CSV, which is held in memory."""
-YEARS = range(1970, 3000)
 
 
 @extend_schema_field(OpenApiTypes.DATETIME)

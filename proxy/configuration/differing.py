@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from audit.models import Entry
+from audit.strict_json import readable
 from proxy.configuration.restoring import Outcome
 
 SIGNS = {"add": "+", "delete": "-"}
@@ -19,7 +19,7 @@ def as_lines(entries: Iterable[Entry]) -> Iterator[str]:
         yield f"{sign} {entry.entity_type} {entry.entity_name}"
         if sign == "~":
             for name, (before, after) in entry.changes.items():
-                yield f"    {name}: {json.dumps(before, ensure_ascii=False)} -> {json.dumps(after, ensure_ascii=False)}"
+                yield f"    {name}: {readable(before)} -> {readable(after)}"
 
 
 def as_values(outcome: Outcome, *, dry_run: bool) -> dict[str, Any]:

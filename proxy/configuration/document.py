@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from django.conf import settings
 from django.utils import timezone
 
 from audit.models import Head
+from audit.strict_json import readable
 from providers import transfer
 from proxy.configuration.sections import SECTIONS, Section
 from proxy.keys import digest
@@ -73,7 +73,7 @@ def pepper_checks() -> dict[str, str]:
 
 
 def as_json(document: Document) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    return readable(document, indent=2) + "\n"
 
 
 def as_yaml(document: Document) -> str:

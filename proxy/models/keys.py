@@ -29,13 +29,14 @@ def check_models(names: Any) -> None:
 
 
 def check_networks(networks: Any) -> None:
-    if not isinstance(networks, list):
-        raise ValidationError("Write a list of networks.")
+    # A number is a network for Python, and none for those who read what is stored.
+    if not isinstance(networks, list) or not all(isinstance(network, str) for network in networks):
+        raise ValidationError("Write a list of networks, each as text.")
     for network in networks:
         try:
             ipaddress.ip_network(network)
         except ValueError as error:
-            raise ValidationError(f"{str(network)[:64]!r} is not a network like 10.0.0.0/8.") from error
+            raise ValidationError(f"{network[:64]!r} is not a network like 10.0.0.0/8.") from error
 
 
 class GatewayKey(Owned, Limited, Managed, Versioned):

@@ -203,6 +203,33 @@ def test_what_a_list_offers_as_a_filter_still_works(owner: User, server: Server)
     assert client.get(servers, {"health": "unknown"}).context["cl"].result_count == 1
 
 
+@pytest.mark.parametrize(
+    ("page", "query"),
+    [
+        ("audit_entry", "timestamp__year=9999"),
+        ("audit_entry", "timestamp__gte=0001-01-01T00:00:00%2B14:00"),
+        ("audit_entry", "action__exact=%00"),
+        ("audit_entry", f"user_id__exact={'9' * 30}"),
+        ("providers_healthcheck", "at__year=9999"),
+        ("providers_apikey", f"provider__id__exact={'9' * 400}"),
+        ("proxy_usagerecord", "created_at__year=0"),
+    ],
+)
+def test_a_filter_that_nobody_can_answer_leads_to_the_whole_list(owner: User, page: str, query: str) -> None:
+    address = reverse(f"admin:{page}_changelist")
+    answer = as_user(owner).get(f"{address}?{query}")
+    # Some of them one database can answer, with nothing.
+    assert answer.status_code == 200 or (answer.status_code, answer["Location"]) == (302, f"{address}?e=1")
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 30, "²", "x"], ids=["long", "big", "square", "word"])
+@pytest.mark.parametrize("page", ["providers_provider", "providers_server", "providers_activeprovider"])
+def test_a_number_that_no_row_has_is_not_found(owner: User, page: str, number: str) -> None:
+    answer = as_user(owner).get(reverse(f"admin:{page}_change", args=[number]), follow=True)
+    assert answer.status_code in {200, 404}
+    assert answer.status_code == 404 or answer.redirect_chain == [("/admin/", 302)]
+
+
 # -- R08: what never shows -----------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,16 @@ def test_it_is_filtered_by_actor_action_thing_and_time(operator: User, owner: Us
     assert {row["entity_name"] for row in found(client, search="llama")} == {"llama"}
 
 
-@pytest.mark.parametrize("query", [{"colour": "red"}, {"since": "soon"}, {"ordering": "username"}])
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"colour": "red"},
+        {"since": "soon"},
+        {"since": "0001-01-01T00:00:00+14:00"},
+        {"until": "9999-12-31T23:59:59-14:00"},
+        {"ordering": "username"},
+    ],
+)
 def test_a_question_that_is_not_understood_is_refused(operator: User, query: dict[str, str]) -> None:
     response = as_(operator).get(f"{V1}/audit", query)
 

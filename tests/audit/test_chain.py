@@ -84,3 +84,22 @@ def test_text_cannot_pass_for_the_border_of_another_field() -> None:
 def test_all_that_an_entry_says_is_hashed() -> None:
     columns = {field.name for field in Entry._meta.concrete_fields}
     assert columns - set(chain.FIELDS) == {"hash"}
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (1e16, "10000000000000000"),
+        (-1.5e23, "-150000000000000000000000"),
+        (123456789012345678.0, "123456789012345680"),
+        (9999999999999998.0, "9999999999999998.0"),
+        (-0.0, "0.0"),
+        (1.0, "1.0"),
+        (1e-320, "1e-320"),
+        (0, "0"),
+        (True, "True"),
+        ({"a": [(-0.0, None)]}, "{'a': [[0.0, None]]}"),
+    ],
+)
+def test_a_number_is_recorded_as_every_database_gives_it_back(value: Any, kept: str) -> None:
+    assert repr(chain.storable(value)) == kept

@@ -14,6 +14,7 @@ from django.contrib.auth.models import Group, User
 from django.core.management import CommandError, call_command
 from django.test import Client
 
+from audit import roles
 from audit.admin.base import AuditedAdmin
 from audit.admin.versions import row_version
 from audit.changes import changes
@@ -22,6 +23,7 @@ from tests.support.codes import enrol
 
 pytestmark = pytest.mark.django_db
 PEOPLE = "/admin/auth/user/"
+GROUPS = "/admin/auth/group/"
 
 
 @pytest.fixture
@@ -83,6 +85,36 @@ def test_the_last_administrator_cannot_delete_himself(boss: User) -> None:
     client.post(PEOPLE, {"action": "delete_selected", "_selected_action": [boss.pk], "post": "yes"})
 
     assert stored(boss).is_active
+
+
+@pytest.mark.parametrize("role", roles.Role)
+@pytest.mark.parametrize("who", ["boss", "owner"])
+def test_a_role_is_looked_at_and_neither_renamed_emptied_nor_deleted(
+    request: pytest.FixtureRequest, who: str, role: str
+) -> None:
+    client, group = as_(request.getfixturevalue(who)), Group.objects.get(name=role)
+    permissions, page = set(group.permissions.all()), f"{GROUPS}{group.pk}/"
+    chosen = {"action": "delete_selected", "_selected_action": [group.pk], "post": "yes"}
+
+    assert client.get(f"{page}change/").status_code == 200
+    assert client.post(f"{page}change/", {"name": "renamed", "permissions": []}).status_code == 403
+    assert client.post(f"{page}delete/", {"post": "yes"}).status_code == 403
+    assert client.post(GROUPS, chosen).status_code == 403
+
+    assert set(Group.objects.get(name=role).permissions.all()) == permissions
+
+
+def test_a_team_is_made_renamed_and_deleted_but_never_a_role(boss: User) -> None:
+    client = as_(boss)
+    client.post(f"{GROUPS}add/", {"name": "ml", "permissions": []})
+    team = Group.objects.get(name="ml")
+    page = f"{GROUPS}{team.pk}/"
+
+    assert client.post(f"{page}change/", {"name": "viewer"}).status_code == 200
+    assert client.post(f"{page}change/", {"name": "research"}).status_code == 302
+    assert Group.objects.get(name="research").pk == team.pk
+    assert client.post(f"{page}delete/", {"post": "yes"}).status_code == 302
+    assert set(Group.objects.values_list("name", flat=True)) == set(roles.Role)
 
 
 def test_with_another_one_he_can_and_a_superuser_counts(boss: User, owner: User) -> None:

@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.contrib.auth.models import User
 from django.core.management import call_command
 from django.db import connection
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as bounds
+from hypothesis import strategies as st
 
 from audit import tasks
 from audit.chain import GENESIS, link
-from audit.changes import changes
+from audit.changes import Identity, changes, current
 from audit.models import Entry, Head
 from audit.triggers import lift_triggers, set_triggers
 from audit.verify import Report, head_problem, missing_triggers, read_anchors, verify, write_anchor
 from providers.models import Provider
+from tests.support.api import add_server, as_
 
 pytestmark = pytest.mark.django_db
 
@@ -62,6 +67,40 @@ def test_a_log_that_nobody_touched_is_whole(log: list[int]) -> None:
 
 def test_an_empty_log_is_whole(anchors: Path) -> None:
     assert verify().ok
+
+
+numbers = (
+    st.floats(allow_nan=False, allow_infinity=False)
+    | st.integers()
+    | st.integers(-300, 300).map(lambda exponent: 10.0**exponent)
+)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(st.characters(exclude_categories=["Cs"], min_codepoint=1)),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text('aéB"\\', max_size=4), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@bounds(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(values, min_size=1, max_size=20))
+@example([1e16, 1e22, 1e23, 1e300, 1.7976931348623157e308, -1e16, 123456789012345678.0, 9999999999999998.0])
+@example([1.0, 0.0, -0.0, 1e15, 0.1, 1e-7, 1e-320, 5e-324, 2**64, -(10**40), 100.0, 1.5e-05])
+def test_whatever_json_was_recorded_is_whole_in_every_database(anchors: Path, made: list[Any]) -> None:
+    with changes(actor=None, via="system"):
+        current().add(verb="add", identity=Identity("x", "1", "x", "x"), changes={"a": [None, {"b": made}]})
+    assert problems() == ()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"metadata": {"x": 1e16}}, {"metadata": {"x": -0.0}}, {"connect_timeout_seconds": 1e16}]
+)
+def test_a_server_with_any_number_leaves_the_log_whole(
+    anchors: Path, operator: User, fields: dict[str, Any]
+) -> None:
+    add_server(as_(operator), **fields)
+    assert problems() == ()
 
 
 @pytest.mark.parametrize("field", [{"username": "eve"}, {"changes": {}}, {"action": "x"}, {"entity_id": "9"}])

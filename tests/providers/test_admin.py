@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.core.exceptions import ValidationError
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -15,6 +16,7 @@ from audit.models import Entry
 from providers import keys
 from providers.active import Target, set_active
 from providers.models import ActiveProvider, ApiKey, HealthCheck, Provider, ProviderHealth, Server
+from providers.models.checks import check_metadata
 from tests.support.ports import closed_port
 
 CANARY = "sk-canary-4f9a8e7d6c5b-a1b2"
@@ -213,6 +215,57 @@ def test_headers_are_typed_as_lines(admin: Client) -> None:
     shown = admin.get(change_page(Server.objects.get())).context["adminform"].form["custom_headers"].value()
     # PostgreSQL keeps no order.
     assert set(shown.splitlines()) == {"X-Team: blue", "X-Cost: a: b"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (r'{"a": "\ud800"}', "half of a surrogate pair"),
+        (r'{"a": "\u0000"}', "NUL"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": 1e999}', "too large"),
+        ('{"a": 1, "a": 2}', "twice"),
+        ("1" * 5000, "too many digits"),
+        ("[" * 100_000, "too deeply"),
+        ("[]", "Write an object"),
+        ('""', "Write an object"),
+        ("{", "not JSON"),
+    ],
+)
+@pytest.mark.parametrize("page", ["server", "provider", "apikey"])
+def test_metadata_is_read_as_strictly_as_through_the_api(
+    admin: Client, page: str, typed: str, said: str
+) -> None:
+    answer = admin.post(reverse(f"admin:providers_{page}_add"), {"metadata": typed})
+    assert answer.status_code == 200
+    assert said in str(answer.context["adminform"].form.errors["metadata"])
+    assert answer.context["adminform"].form["metadata"].value() == typed
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), [float("inf")], {"b": float("-inf")}, "\0", "\ud800", {"\udfff": 1}]
+)
+def test_whatever_door_it_came_through_metadata_can_be_stored_and_read_again(value: Any) -> None:
+    with pytest.raises(ValidationError):
+        check_metadata({"a": value})
+    check_metadata({"a": [1, 1.5, None, "😀", {"b": True}]})
+
+
+@pytest.mark.parametrize("typed", ["", " ", "null", "{}"])
+def test_no_metadata_is_an_empty_object(admin: Client, typed: str) -> None:
+    server = make_server(metadata={"rack": 4})
+    answer = admin.post(change_page(server), {**SERVER, "metadata": typed})
+    assert answer.status_code == 302
+    assert Server.objects.get().metadata == {}
+
+
+def test_metadata_is_shown_as_it_can_be_read_again(admin: Client) -> None:
+    admin.post(reverse("admin:providers_server_add"), {**SERVER, "metadata": '{"stadt": "Zürich"}'})
+    form = admin.get(change_page(Server.objects.get())).context["adminform"].form
+    assert form["metadata"].value() == '{"stadt": "Zürich"}'
+    assert (
+        admin.get(reverse("admin:providers_server_add")).context["adminform"].form["metadata"].value() == "{}"
+    )
 
 
 def test_what_one_form_says_about_its_key_stays_there(admin: Client) -> None:

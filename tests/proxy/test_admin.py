@@ -72,7 +72,13 @@ def test_the_line_to_paste_can_be_pasted(owner: User) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"allowed_networks": "not a network"}, {"requests_per_minute": "0"}, {"name": ""}]
+    "wrong",
+    [
+        {"allowed_networks": "not a network"},
+        {"allowed_models": "tiny\r\nb\0ig"},
+        {"requests_per_minute": "0"},
+        {"name": ""},
+    ],
 )
 def test_a_wrong_limit_is_a_form_error_and_no_key_is_made(owner: User, wrong: dict[str, str]) -> None:
     answer = logged_in(owner).post(reverse("admin:proxy_gatewaykey_add"), {**ADD, **wrong})

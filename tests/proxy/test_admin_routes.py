@@ -121,6 +121,23 @@ def test_a_wrong_node_is_a_form_error_and_nothing_is_saved(operator: User, serve
     assert not ModelRoute.objects.exists()
 
 
+@pytest.mark.parametrize("typed", ['{"a": NaN}', r'{"a": "\ud800"}', "[]", "[" * 100_000])
+def test_what_is_no_json_is_a_form_error_of_a_route_and_of_a_node(
+    operator: User, servers: list[Server], typed: str
+) -> None:
+    client, node = logged_in(operator), {"provider": servers[0].pk}
+    route = client.post(reverse(ADD), form_of(node, config=typed))
+    assert set(route.context["adminform"].form.errors) == {"config"}
+    nodes = client.post(reverse(ADD), form_of({**node, "metadata": typed}))
+    assert set(nodes.context["inline_admin_formsets"][0].formset.errors[0]) == {"metadata"}
+    assert not ModelRoute.objects.exists()
+
+
+def test_an_empty_box_is_an_empty_object(operator: User, servers: list[Server]) -> None:
+    route = made(logged_in(operator), {"provider": servers[0].pk, "metadata": ""}, config="")
+    assert (route.config, route.nodes.get().metadata) == ({}, {})
+
+
 def test_a_page_that_is_out_of_date_saves_nothing(operator: User, servers: list[Server]) -> None:
     client = logged_in(operator)
     route = made(client, {"provider": servers[0].pk})

@@ -163,7 +163,8 @@ def test_whether_streams_are_resumed_is_said_here_and_reaches_requests(owner: Us
         ("name", ""), ("name", None), ("owner", "nobody"), ("owner", True), ("owner", 10**30), ("requests_per_minute", 0),
         ("requests_per_minute", "many"), ("tokens_per_minute", 10**12), ("allowed_models", "gpt"), ("allowed_models", [1]),
         ("allowed_networks", ["300.1.1.1"]), ("expires_at", "tomorrow"), ("key", "pen_live_x"), ("last4", "abcd"), ("colour", 1),
-        ("resume_streams", "perhaps"), ("resume_streams", []),
+        ("resume_streams", "perhaps"), ("resume_streams", []), ("allowed_networks", [3232235521]), ("allowed_networks", [True]),
+        ("allowed_networks", ["10.0.0.0/8", 5]),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_under_its_field(operator: User, field: str, value: object) -> None:

@@ -157,6 +157,13 @@ def test_lists_are_filtered_searched_and_paged(operator: User, servers: list[int
     assert client.get(f"{PATH}?page_size=1").json()["count"] == 2
 
 
+@pytest.mark.parametrize("provider", ["99999999999999999999999", "-99999999999999999999999", "one", "NaN"])
+def test_a_provider_that_cannot_be_is_no_filter(operator: User, provider: str) -> None:
+    response = as_(operator).get(PATH, {"provider": provider})
+    assert response.status_code == 400
+    assert set(error(response)["details"]) == {"provider"}
+
+
 def test_a_provider_in_a_route_is_not_deleted(operator: User, servers: list[int]) -> None:
     client = as_(operator)
     made = add_route(client, *servers)

@@ -123,6 +123,16 @@ def test_a_longer_life_cannot_be_written_into_it(operator: User) -> None:
         admitted(f"{forged}_{keys.checksum(forged)}")
 
 
+def test_a_key_whose_pepper_is_gone_is_not_lent(operator: User, settings: Any) -> None:
+    key = key_of()
+    settings.PENSTOCK_PEPPERS = {key.pepper + 1: b"x" * 32}
+
+    answer = lend(operator, key)
+
+    assert answer.status_code == 409
+    assert "PENSTOCK_PEPPERS" in error(answer)["message"]
+
+
 def test_a_member_lends_his_own_key_and_sees_no_other(person: Callable[..., User]) -> None:
     member, other = person("mo", "member"), person("eve", "member")
     key = key_of(member)

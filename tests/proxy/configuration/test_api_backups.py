@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.db import connection
 
 from audit import changes as audit_changes
+from audit.changes import changes
 from audit.models import Entry, Head
 from providers.models import Provider
 from proxy.configuration import document
@@ -39,6 +41,25 @@ def test_only_administrators_have_anything_to_do_with_backups(
             200,
             201,
         }
+
+
+@pytest.mark.skipif(connection.vendor == "postgresql", reason="PostgreSQL never took such a row")
+def test_half_of_a_surrogate_pair_that_was_stored_once_stops_no_answer(owner: User, place: Path) -> None:
+    with changes(actor=None, via="system"):
+        Provider.objects.create(name="old", base_url="http://127.0.0.1:1", metadata={"a": "\ud800 é"})
+    client = as_(owner)
+
+    found = client.get(f"{V1}/providers", {"search": "old"}).json()["results"]
+    entry = client.get(f"{V1}/audit").json()["results"][0]
+    made = client.get(f"{V1}/admin/backup").json()
+
+    assert found[0]["metadata"] == {"a": "\ud800 é"}
+    assert entry["changes"]["metadata"] == [None, {"a": "\ud800 é"}]
+    assert {"a": "\ud800 é"} in [each["metadata"] for each in made["providers"]]
+    assert client.post(f"{V1}/admin/backup").status_code == 201
+    assert "\\ud800 é" in place.read_text()
+    for page in (f"audit/entry/{entry['id']}", f"providers/provider/{found[0]['id']}"):
+        assert client.get(f"/admin/{page}/change/", follow=True).status_code == 200
 
 
 def test_a_download_is_the_configuration_of_now_and_is_recorded(owner: User) -> None:
