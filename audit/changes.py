@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, Literal
 
 from django.contrib.auth.base_user import AbstractBaseUser
@@ -128,7 +129,7 @@ def changes(
             user_id=actor.pk if actor else None,
             username=actor.get_username() if actor else "",
             via=via,
-            ip=ip,
+            ip=_in_one_form(ip),
             request_id=request_id or REQUEST_ID.get(),
             head=_locked_head(),
         )
@@ -186,3 +187,12 @@ def identity_of(row: models.Model) -> Identity:
 def record(row: models.Model, *, verb: str, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Note a change that no signal tells of: a bulk operation, told as one entry about `row`."""
     current().add(verb=verb, identity=identity_of(row), changes=difference(before, after))
+
+
+def _in_one_form(address: str | None) -> str | None:
+    """An address as every database gives it back, since it is hashed; None for what is none, which a proxy may tell."""
+    try:
+        found = ip_address((address or "").partition("%")[0])
+    except ValueError:
+        return None
+    return str(getattr(found, "ipv4_mapped", None) or found)

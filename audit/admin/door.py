@@ -12,7 +12,7 @@ from django.db import DatabaseError
 from django.http import HttpRequest, HttpResponseBase
 from django.shortcuts import render
 
-from audit.api_errors import problem_of
+from audit.api_errors import ip_of, problem_of, request_id_of
 from audit.changes import AuditUnavailable, Change, changes
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,8 @@ def recorded(request: HttpRequest) -> Iterator[Change]:
     with changes(
         actor=request.user,
         via="admin",
-        ip=request.META.get("REMOTE_ADDR") or None,
-        request_id=getattr(request, "request_id", ""),
+        ip=ip_of(request),
+        request_id=request_id_of(request),
     ) as change:
         yield change
 

@@ -10,6 +10,7 @@ from django.conf import settings
 from django.http import HttpRequest
 from django.utils import timezone
 
+from audit.api_errors import ip_of, request_id_of
 from providers import keyring
 from providers.catalog import refresh_models
 from providers.health import TestResult, probe_credential, record, test_endpoint
@@ -59,8 +60,8 @@ def discover(provider: Provider, request: HttpRequest) -> str:
         provider,
         actor=request.user,
         via="admin",
-        ip=request.META.get("REMOTE_ADDR") or None,
-        request_id=getattr(request, "request_id", ""),
+        ip=ip_of(request),
+        request_id=request_id_of(request),
     )
     if not found.models:
         return f"{provider.name} lists no models."

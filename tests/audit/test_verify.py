@@ -49,6 +49,24 @@ def problems() -> tuple[str, ...]:
     return verify().problems
 
 
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ("2001:DB8::1", "2001:db8::1"),
+        ("::ffff:10.1.2.3", "10.1.2.3"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("unknown", None),
+        ("", None),
+    ],
+)
+def test_an_address_is_hashed_in_the_form_that_is_kept(owner: User, told: str, kept: str | None) -> None:
+    client = as_(owner)
+    client.defaults["REMOTE_ADDR"] = told
+    add_server(client, name="addressed")
+    assert Entry.objects.get(entity_name="addressed").ip == kept
+    assert verify().ok
+
+
 def rechain(start: int) -> None:
     """Compute all hashes from `start` on anew, and the head's, as a careful forger would."""
     before = Entry.objects.filter(seq__lt=start).order_by("-seq").first()
