@@ -61,7 +61,7 @@ class Bulk(Base):
 
     def _apply(self, wanted: str, row: Any) -> None:
         if wanted == "delete":
-            row.delete()
+            self.remove(row)
             return
         serializer = self.get_serializer(row, data={self.switch: wanted == "enable"}, partial=True)
         serializer.is_valid(raise_exception=True)

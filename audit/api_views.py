@@ -158,8 +158,14 @@ class Rows(KeptRows):
         with self.changing():
             row = self.get_object()
             self.check_version(row)
-            row.delete()
+            self.remove(row)
         return Response(status=204)
+
+    def remove(self, row: Any) -> None:
+        """Delete a row, unless something goes with it that the caller may not delete."""
+        if not roles.may_delete(self.request.user, row):
+            raise exceptions.PermissionDenied("This would delete what you may not delete with it.")
+        row.delete()
 
 
 def unknown_fields(names: Iterable[str]) -> dict[str, list[str]]:

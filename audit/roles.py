@@ -13,7 +13,9 @@ from typing import Any, Final
 from django.apps import AppConfig, apps
 from django.contrib.auth.base_user import AbstractBaseUser
 from django.contrib.auth.models import AnonymousUser, Group, Permission, User
-from django.db.models import Q, signals
+from django.db import DEFAULT_DB_ALIAS
+from django.db.models import Model, Q, signals
+from django.db.models.deletion import Collector
 
 from audit.changes import changes
 
@@ -143,6 +145,16 @@ def may(user: AnyUser, resource: str, action: str) -> bool:
 def own_only(user: AnyUser, resource: str, action: str) -> bool:
     """Whether what `may` allows reaches no further than the user's own things."""
     return not any(_allows(role, resource, action) for role in roles_of(user) - {Role.MEMBER})
+
+
+def may_delete(user: AnyUser, row: Model) -> bool:
+    """Whether the user may delete a row and what goes with it. Raises ProtectedError or RestrictedError when it is in use."""
+    collector = Collector(using=DEFAULT_DB_ALIAS)
+    collector.collect([row])
+    # What is deleted without being looked at has no entry in the log, so it is none of what people write.
+    labels = {model._meta.label_lower for model in collector.data}
+    gone = (resource for resource, models in MODELS.items() if labels.intersection(models))
+    return all(may(user, resource, "delete") for resource in gone)
 
 
 def somebody_administers() -> bool:

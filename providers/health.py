@@ -24,6 +24,7 @@ from audit.changes import NotInChanges
 from audit.changes import record as audit_record
 from providers import adapters, catalog, errors, keyring, upstream
 from providers.models import ApiKey, HealthCheck, Provider, ProviderHealth, Status, Verdict
+from providers.models.provider import MOST_SECONDS
 from providers.wire import Answer, Credential, Endpoint, ProbeStatus, Reading
 
 logger = logging.getLogger(__name__)
@@ -252,7 +253,8 @@ def _after_probe(health: ProviderHealth, reading: Reading, now: datetime) -> dic
 
 def _until_next(provider: Provider, *, online: bool) -> timedelta:
     """The provider's interval with jitter; a failing one is never asked late, so that the time to `down` has a bound."""
-    interval = provider.probe_interval_seconds or settings.HEALTH_CHECK_INTERVAL_SECONDS
+    # A row may have been written past the forms. In this order what is no number is a day as well.
+    interval = min(MOST_SECONDS, provider.probe_interval_seconds or settings.HEALTH_CHECK_INTERVAL_SECONDS)
     if not online:
         interval = min(interval, RECOVERY_SECONDS)
     spread = random.uniform(1 - JITTER, 1 + JITTER if online else 1.0)  # noqa: S311 - spreads load, guards nothing

@@ -80,15 +80,20 @@ def note_undecryptable(key_id: int) -> bool:
     return won
 
 
-def write_default(provider: Provider, value: str, *, created_by: str = "", enable: bool = True) -> ApiKey:
-    """Store `value` as the provider's default key, made now if it has none, which is as `add` does it."""
+def write_default(
+    provider: Provider, value: str, *, created_by: str = "", enable: bool = True, revive: bool = True
+) -> ApiKey:
+    """Store `value` as the provider's default key, made now if it has none, which is as `add` does it.
+
+    revive: enable the key that is there. False where whoever enters a secret may not do that.
+    """
     key = provider.keys.filter(is_default=True).first()
     if key is None:
         key = ApiKey(provider=provider, name=_free_name(provider), is_default=True, created_by=created_by)
         add(key, value, enable=enable)
         return key
     key.provider = provider
-    key.enabled = True
+    key.enabled = key.enabled or revive
     store(key, value)
     key.full_clean(validate_constraints=False)
     key.save()

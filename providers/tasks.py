@@ -193,7 +193,11 @@ def _probe(batch: Sequence[Claimed]) -> None:
             # A mistake of ours with one provider is no reason to forget the others; its claim runs out.
             logger.error("provider %s cannot be probed", each.endpoint.slug, exc_info=reading)
             continue
-        state = health.record(each.provider.pk, reading, now=now)
+        try:
+            state = health.record(each.provider.pk, reading, now=now)
+        except Exception:
+            logger.exception("what was seen of provider %s cannot be noted", each.endpoint.slug)
+            continue
         if state is not None and reading.status == "online" and _wants_models(state, now):
             wanting.append(each)
     if wanting:

@@ -127,15 +127,23 @@ def _size(text: Any) -> int:
 
 
 def completion_limit(body: Mapping[str, Any]) -> int:
-    """The completion tokens that a request asks for at most; 0 when it does not say."""
-    given = (body.get("max_completion_tokens"), body.get("max_tokens"))
-    return next((n for n in given if isinstance(n, int) and not isinstance(n, bool) and n > 0), 0)
+    """The completion tokens that a request asks for at most; 0 when it does not say.
+
+    Both names are passed on, and servers differ in which of them they heed, so the larger one counts.
+    """
+    return max(_whole(body.get("max_completion_tokens")), _whole(body.get("max_tokens")))
 
 
 def choices(body: Mapping[str, Any]) -> int:
     """How many answers a request asks for."""
-    n = body.get("n")
-    return n if isinstance(n, int) and not isinstance(n, bool) and n > 1 else 1
+    return max(1, _whole(body.get("n")))
+
+
+def _whole(number: Any) -> int:
+    """0 for what is no whole number above 0. Servers take 200.0 for 200."""
+    if type(number) is float and number.is_integer():
+        number = int(number)
+    return number if type(number) is int and number > 0 else 0
 
 
 def _is_schema(value: Any) -> bool:

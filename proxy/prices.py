@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from django.core.exceptions import ValidationError
-from django.db.models import BooleanField, Case, Exists, OuterRef, Q, QuerySet, Value, When
+from django.db.models import BooleanField, Case, Exists, Min, OuterRef, Q, QuerySet, Value, When
 from django.utils import timezone
 
 from audit.changes import Change, Identity, Via, changes
 from providers.models import Provider
 from proxy import price_source
-from proxy.models.prices import BEGINNING, RATES, ModelPrice, PriceList, PriceSource, price_of
+from proxy.models.prices import BEGINNING, NEVER_HELD, RATES, ModelPrice, PriceList, PriceSource, price_of
 from proxy.models.usage import UsageRecord
 from proxy.price_book import FOREVER, Dated, Listed, Override, PriceBook, check_match
 from proxy.price_source import PACKAGE, Offer, PriceSourceBroken
@@ -156,18 +157,34 @@ def check_override(row: ModelPrice, provider: Provider) -> None:
 def add_override(row: ModelPrice, provider: Provider) -> None:
     """Save what `row` says of models of `provider`; an override of the same name ends where this one begins.
 
-    Inside `changes()`. Raises ValidationError.
+    If this one has an end, what the other says of the time behind it is a row of its own. If it has none, what is to begin later
+    stays, and this one ends there. Inside `changes()`. Raises ValidationError.
     """
     check_override(row, provider)
-    former = ModelPrice.objects.filter(
+    others = ModelPrice.objects.exclude(NEVER_HELD).filter(
         Q(effective_until=None) | Q(effective_until__gt=row.effective_from),
         source=PriceSource.OVERRIDE,
         provider_id=provider.pk,
         model=row.model,
     )
-    for each in former:
+    end = row.effective_until
+    if end is None:
+        later = others.filter(effective_from__gt=row.effective_from)
+        row.effective_until = later.aggregate(at=Min("effective_from"))["at"]
+    if row.effective_until is not None:
+        others = others.filter(effective_from__lt=row.effective_until)
+    for each in others:
+        if end is not None and (each.effective_until is None or each.effective_until > end):
+            _go_on(each, end)
         _end(each, row.effective_from)
     row.save()
+
+
+def _go_on(row: ModelPrice, since: datetime) -> None:
+    """Let what a row says hold from then on as well."""
+    rest = copy(row)
+    rest.pk, rest._state.adding, rest.effective_from = None, True, since
+    rest.save()
 
 
 def end_override(row: ModelPrice) -> None:

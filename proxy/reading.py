@@ -26,7 +26,8 @@ class AnswerReader:
 
     begun: it has content, so it is committed to the caller. complete: every choice has its finish reason, or the upstream
     said it is done. failure: what went wrong inside it; the bytes before it are still to be forwarded. events, text_bytes: how
-    many events with a part of the answer there were, and how much text was in them.
+    many events with a part of the answer there were, and how much text was in them. usage: of the whole answer; what was told
+    before more of it came is not (some servers begin with a usage of nothing, or tell how far they are).
     """
 
     __slots__ = (
@@ -91,6 +92,8 @@ class AnswerReader:
             return 0
         self.events += len(texts)
         self.text_bytes += text_bytes
+        if texts:
+            self.usage = None
         return size
 
     def _read(self, event: sse.RawEvent) -> None:
@@ -108,7 +111,10 @@ class AnswerReader:
             self._take(event, meaning)
 
     def _take(self, event: sse.RawEvent, meaning: Event) -> None:
-        self.usage = meaning.usage or self.usage
+        if meaning.usage is not None:
+            self.usage = meaning.usage
+        elif meaning.commits and (meaning.finish_reason is None or self._chat.around_text(event.raw)):
+            self.usage = None
         self.begun = self.begun or meaning.commits
         if meaning.done:
             # What never began did not end well either; `ended` tells.

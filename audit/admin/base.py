@@ -140,7 +140,8 @@ class AuditedAdmin(ModelAdmin):
     def lookup_allowed(self, lookup: str, value: str, request: HttpRequest | None = None) -> bool:
         """Only what is offered: a filter of the list, or a lookup that our own links make."""
         filters = self.get_list_filter(request) if request else self.list_filter
-        columns = {item for item in filters if isinstance(item, str)}
+        named = (item[0] if isinstance(item, tuple) else item for item in filters)
+        columns = {item for item in named if isinstance(item, str)}
         own = {
             item.parameter_name
             for item in filters

@@ -134,7 +134,8 @@ class EndpointAdmin(HealthViews, AuditedAdmin):
     def _store_key(self, request: HttpRequest, obj: Any, value: str, *, moved: bool) -> None:
         author, was_enabled = request.user.get_username(), obj.enabled
         provider = Provider.objects.get(pk=obj.pk)
-        key = keys.write_default(provider, value, created_by=author)
+        revive = may(request.user, "api_keys", "change")
+        key = keys.write_default(provider, value, created_by=author, revive=revive)
         if moved:
             keys.disable_left_behind(provider, but=key)
         if provider.enabled and not was_enabled:

@@ -159,7 +159,13 @@ class ProviderSerializer(StrictSerializer[P]):
 
     def _write_key(self, provider: P, value: str, *, enable: bool) -> ApiKey:
         with blaming("api_key"):
-            return keys.write_default(provider, value, created_by=self.user.get_username(), enable=enable)
+            return keys.write_default(
+                provider,
+                value,
+                created_by=self.user.get_username(),
+                enable=enable,
+                revive=roles.may(self.user, "api_keys", "change"),
+            )
 
     @staticmethod
     def _write_models(provider: P, models: list[dict[str, Any]] | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from django.conf import settings
 from django.core.exceptions import ValidationError
-from django.core.validators import MinValueValidator, RegexValidator
+from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
 from django.utils.text import slugify
 
@@ -23,7 +23,13 @@ from providers.own_addresses import own_places
 SLUG = RegexValidator(
     r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$", "Use lower-case letters, digits, '-', '_' and '.'."
 )
-SECONDS: dict[str, Any] = {"null": True, "blank": True, "validators": [MinValueValidator(0.01)]}
+MOST_SECONDS = 86400
+"""Of a timeout or an interval; the settings have the same bound."""
+SECONDS: dict[str, Any] = {
+    "null": True,
+    "blank": True,
+    "validators": [MinValueValidator(0.01), MaxValueValidator(MOST_SECONDS)],
+}
 
 
 def kind_choices() -> list[tuple[str, str]]:
@@ -90,7 +96,10 @@ class Provider(Managed, Versioned):
     idle_timeout_seconds = models.FloatField(**SECONDS)
     request_timeout_seconds = models.FloatField(**SECONDS)
     probe_interval_seconds = models.FloatField(
-        null=True, blank=True, validators=[MinValueValidator(1)], help_text="Empty: the general interval."
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1), MaxValueValidator(MOST_SECONDS)],
+        help_text="Empty: the general interval.",
     )
     metadata = models.JSONField(default=dict, blank=True, validators=[check_metadata])
 

@@ -77,7 +77,13 @@ class GatewayKeyAdmin(AuditedAdmin):
         "cost",
         "last_used",
     )
-    list_filter = ("enabled", "record_text", "owner", "team")
+    # Not everybody who may see keys may see who else there is.
+    list_filter = (
+        "enabled",
+        "record_text",
+        ("owner", admin.RelatedOnlyFieldListFilter),
+        ("team", admin.RelatedOnlyFieldListFilter),
+    )
     list_select_related = ("owner", "team", "use", "budget")
     search_fields = ("name", "=key_id", "owner__username", "team__name")
     search_help_text = "Search by name, id or owner"

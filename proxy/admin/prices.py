@@ -82,7 +82,7 @@ class PriceForm(VersionedForm):
         help_texts: ClassVar = {
             "model": "The name that the provider knows the model by; * stands for anything. Example: gpt-4o*",
             "effective_from": "UTC. Empty: now. Never in the past.",
-            "effective_until": "UTC. Empty: until somebody ends it.",
+            "effective_until": "UTC. Empty: until the next one of this name begins, or somebody ends it.",
             "note": "Why, for whoever reads it later.",
         }
 

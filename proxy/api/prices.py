@@ -87,6 +87,11 @@ class PriceSerializer(StrictSerializer[ModelPrice]):
             "effective_from", "effective_until", "is_current", "note", "created_by", "created_at",
         )  # fmt: skip
         read_only_fields: ClassVar[Any] = ("source", "vendor", "provider_id", "created_by")
+        extra_kwargs: ClassVar[Any] = {
+            "effective_until": {
+                "help_text": "Left out: where the next override of the name begins, if there is one."
+            }
+        }
         validators: ClassVar[list[Any]] = []
 
     def get_is_current(self, row: Any) -> bool:

@@ -147,6 +147,9 @@ class _Restoring:
 
     def _write_entry(self, section: Section, index: _Index, entry: Mapping[str, Any], place: str) -> None:
         saving.refuse_unknown(entry, section.fields)
+        if why := section.passed_over(entry):
+            self.run.notes.append(f"{place}: {why}")
+            return
         row = index.find(entry)
         named = self.run.named[section.name]
         if row is not None and row.pk in named:

@@ -89,6 +89,14 @@ def save_user(draft: Draft) -> None:
         draft.row.save()
 
 
+def never_held(price: Mapping[str, Any]) -> str:
+    """Why an entry is passed over: another price of the same beginning took its place before it began."""
+    until = price.get("effective_until")
+    return (
+        "never held, so it is left out" if until is not None and until == price.get("effective_from") else ""
+    )
+
+
 def save_price(draft: Draft) -> None:
     """An override of a provider's price. What was billed by stays what it was; only its end may come."""
     price = draft.row

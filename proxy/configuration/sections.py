@@ -20,7 +20,7 @@ from proxy.configuration import saving, values
 from proxy.configuration.saving import Draft
 from proxy.models import Budget, GatewayKey, ModelPrice, ModelRoute, OwnerLimits
 from proxy.models.budgets import SUBJECTS
-from proxy.models.prices import PARTS
+from proxy.models.prices import NEVER_HELD, PARTS
 from proxy.routes import DEFAULTS as NODE
 
 Entry = dict[str, Any]
@@ -35,6 +35,10 @@ def _never(row: Any) -> bool:
     return False
 
 
+def _counts(entry: Mapping[str, Any]) -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """One kind of thing.
@@ -46,6 +50,8 @@ class Section:
     by_itself: tells rows that come by themselves: a file for people leaves them out, and pruning keeps them.
     backup_only: a section that only backups have. pruned: whether rows that a document does not name may be deleted.
     only: which of the rows are written into a document.
+    apart: rows that are history and no configuration: no document has them or means them. passed_over: why an entry of an older
+    document is none, or empty.
     """
 
     name: str
@@ -63,6 +69,8 @@ class Section:
     one_of: bool = False
     pruned: bool = True
     only: Callable[[QuerySet[Any]], QuerySet[Any]] = field(default=lambda rows: rows)
+    apart: Q = field(default_factory=Q)
+    passed_over: Callable[[Mapping[str, Any]], str] = _counts
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -77,7 +85,7 @@ class Section:
     def all_rows(self) -> QuerySet[Any]:
         manager: Any = self.model._default_manager
         rows: QuerySet[Any] = manager.select_related(*self.related).prefetch_related(*self.parts)
-        return rows
+        return rows.exclude(self.apart)
 
     def entry(self, row: Any, *, sealed: bool) -> Entry:
         """The row as a document holds it."""
@@ -237,6 +245,8 @@ SECTIONS: tuple[Section, ...] = (
         columns=("provider", "model", "effective_from", "effective_until", *PARTS, "request", "tiers", "hours", "note"),
         save=saving.save_price,
         only=_overrides,
+        apart=NEVER_HELD,
+        passed_over=saving.never_held,
         pruned=False,
     ),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from django.core.validators import MaxValueValidator
 from django.db import models
-from django.db.models import Q
+from django.db.models import F, Q
 from django.utils import timezone
 
 from audit.changes import Identity
@@ -21,6 +21,9 @@ PARTS = ("prompt", "completion", "cached", "cache_write", "reasoning")
 """What has a rate of its own, in nano-dollars per million tokens."""
 RATES = (*PARTS, "request", "tiers", "hours")
 """The columns that make a price."""
+
+NEVER_HELD = Q(effective_until=F("effective_from"))
+"""Rows whose place another one took before they began."""
 
 
 class PriceSource(models.TextChoices):
@@ -82,7 +85,7 @@ class ModelPrice(models.Model):
                 name="price_is_of_a_vendor_or_a_provider",
             ),
             models.CheckConstraint(
-                condition=Q(effective_until=None) | Q(effective_until__gte=models.F("effective_from")),
+                condition=Q(effective_until=None) | Q(effective_until__gte=F("effective_from")),
                 name="price_does_not_end_before_it_begins",
             ),
             models.CheckConstraint(condition=~Q(model=""), name="price_has_a_model"),

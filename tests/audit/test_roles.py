@@ -21,7 +21,7 @@ from audit.access import urls as access_urls
 from audit.changes import changes
 from audit.models import Entry, Head
 from config import api_v1
-from providers.models import Provider
+from providers.models import ApiKey, Provider
 from proxy import keys
 from proxy.models import GatewayKey
 from tests.support.api import V1, add_key, add_server, anybody, as_, template
@@ -330,6 +330,46 @@ def test_what_is_not_in_the_table_is_denied(people: dict[str, User]) -> None:
     assert not roles.may(people["operator"], "api_keys", "delete")
     assert not roles.may(people["operator"], "allow_private", "change")
     assert roles.may(people["administrator"], "allow_private", "change")
+
+
+@pytest.mark.parametrize("what", ["key", "budget"])
+def test_nobody_deletes_with_a_provider_what_he_may_not_delete(
+    people: dict[str, User], things: dict[str, Any], what: str
+) -> None:
+    operator, administrator = as_(people["operator"]), as_(people["administrator"])
+    path = {"key": f"{V1}/api-keys/{things['key']}", "budget": f"{V1}/budgets/{things['budget']}"}
+    provider = Provider.objects.get(slug="openai")
+    other = path["budget" if what == "key" else "key"]
+    assert administrator.delete(other).status_code == 204
+
+    assert operator.delete(f"{V1}/providers/{provider.pk}").status_code == 403
+    gone = {"action": "delete", "ids": [provider.pk]}
+    assert operator.post(f"{V1}/providers/bulk", gone).status_code == 403
+    assert administrator.get(path[what]).status_code == 200
+
+    assert administrator.delete(path[what]).status_code == 204
+    assert operator.delete(f"{V1}/providers/{provider.pk}").status_code == 204
+
+
+def test_an_administrator_deletes_a_provider_with_all_that_is_its_own(
+    people: dict[str, User], things: dict[str, Any]
+) -> None:
+    provider = Provider.objects.get(slug="openai")
+    assert as_(people["administrator"]).delete(f"{V1}/providers/{provider.pk}").status_code == 204
+    assert not ApiKey.objects.filter(pk=things["key"]).exists()
+
+
+@pytest.mark.parametrize(("who", "enabled"), [("operator", False), ("administrator", True)])
+def test_a_new_secret_enables_a_key_for_those_who_may(
+    people: dict[str, User], things: dict[str, Any], who: str, enabled: bool
+) -> None:
+    off = {"enabled": False, "is_default": True}
+    assert as_(people["administrator"]).patch(f"{V1}/api-keys/{things['key']}", off).status_code == 200
+    provider, secret = Provider.objects.get(slug="openai"), "sk-another-0123456789"
+    answer = as_(people[who]).patch(f"{V1}/providers/{provider.pk}", {"api_key": secret})
+    assert answer.status_code == 200
+    key = ApiKey.objects.get(pk=things["key"])
+    assert (key.last4, key.enabled) == (secret[-4:], enabled)
 
 
 def test_an_inactive_user_has_no_role(people: dict[str, User]) -> None:

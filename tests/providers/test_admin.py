@@ -169,6 +169,18 @@ def test_an_operator_replaces_a_secret_and_nothing_else(operator: User, admin: C
     assert (key.name, key.weight, key.enabled, key.last4) == ("default", 1, True, "7777")
 
 
+def test_only_an_administrator_enables_a_key_with_a_new_secret(operator: User, admin: Client) -> None:
+    admin.post(reverse("admin:providers_server_add"), {**SERVER, "api_key": CANARY})
+    server, key = Server.objects.get(), ApiKey.objects.get()
+    with changes(actor=None, via="system"):
+        key.enabled = False
+        key.save()
+    for client, enabled in ((logged_in(operator), False), (admin, True)):
+        client.post(change_page(server), {**SERVER, "api_key": f"sk-another-{enabled}"})
+        assert stored_key(server) == f"sk-another-{enabled}"
+        assert ApiKey.objects.get().enabled is enabled
+
+
 def test_only_an_administrator_says_where_a_key_is_kept(operator: User, admin: Client) -> None:
     form = {**SERVER, "api_key": "env://UPSTREAM_KEY"}
     assert (

@@ -364,7 +364,8 @@ def test_a_name_that_is_taken_is_refused_under_its_field(operator: User) -> None
         ("models", "tiny"), ("models", [1]), ("models", ["a", "a"]), ("models", [{"id": "a", "colour": 1}]), ("models", [""]),
         ("priority", 10**30), ("priority", "soon"), ("metadata", []), ("metadata", {"a": "x" * 17_000}),
         ("kind", "openai"), ("kind", "nope"), ("name", ""), ("name", "x" * 101), ("name", None), ("name", {"a": 1}),
-        ("slug", "Not A Slug"), ("connect_timeout_seconds", 0), ("ca_pem", "not a certificate"), ("ca_pem", "\u00e9"), ("enabled", "perhaps"),
+        ("slug", "Not A Slug"), ("connect_timeout_seconds", 0), ("idle_timeout_seconds", 1e9),
+        ("probe_interval_seconds", 86401), ("probe_interval_seconds", "NaN"), ("ca_pem", "not a certificate"), ("ca_pem", "\u00e9"), ("enabled", "perhaps"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_under_its_field(operator: User, field: str, value: object) -> None:

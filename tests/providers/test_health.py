@@ -327,6 +327,14 @@ def test_a_provider_may_have_an_interval_of_its_own(provide: Provide) -> None:
     assert all(1.6 <= wait <= 2.4 for wait in seconds_until_next(provider, ONLINE))
 
 
+@pytest.mark.parametrize("written", [1e12, 1e300])
+def test_an_interval_that_was_written_past_the_forms_is_a_day_at_most(
+    provide: Provide, written: float
+) -> None:
+    provider = provide("slow", "http://127.0.0.1:9/v1", probe_interval_seconds=written)
+    assert all(wait <= 1.2 * 86400 for wait in seconds_until_next(provider, ONLINE))
+
+
 def test_a_wish_for_another_probe_that_came_during_one_stays(server: Provider) -> None:
     began = timezone.now() - timedelta(seconds=2)
     health.ensure_rows()

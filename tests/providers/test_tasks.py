@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import time_machine
+from django.db import connection
 from django.utils import timezone
 
 from audit.models import Head
@@ -100,6 +101,21 @@ def test_it_is_down_within_the_promised_time_and_back_on_the_first_success(
     upstream.listen()
     second(clock, 11)
     assert ProviderHealth.objects.get(pk=server.pk).health_status == "healthy"
+
+
+def test_what_cannot_be_noted_of_one_provider_does_not_stop_the_others(
+    provide: Provide, clock: Travel, caplog: pytest.LogCaptureFixture
+) -> None:
+    providers = [provide(f"p{n}", f"http://127.0.0.1:{n + 1}/v1") for n in range(3)]
+    health.ensure_rows()
+    # One more than the database can count to.
+    _, most = connection.ops.integer_field_range("PositiveIntegerField")
+    ProviderHealth.objects.filter(pk=providers[0].pk).update(
+        consecutive_failures=most, next_probe_at=health.LONG_AGO - timedelta(days=1)
+    )
+    second(clock)
+    assert [checks(each) for each in providers] == [0, 1, 1]
+    assert "provider p0 cannot be noted" in caplog.text
 
 
 def test_a_provider_that_requests_saw_failing_is_probed_at_once(

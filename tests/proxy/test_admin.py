@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Callable
 from io import StringIO
 from typing import Any
 
 import pytest
 from django.conf import LazySettings
-from django.contrib.auth.models import User
+from django.contrib.auth.models import Group, User
 from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.test import Client
@@ -60,6 +61,27 @@ def test_r10_neither_the_log_nor_the_row_holds_a_usable_key(owner: User) -> None
     secret = str(keys.parse(whole)[1])  # type: ignore[index]  # it was well-formed a line ago
     assert secret not in str(list(Entry.objects.values_list("changes", flat=True)))
     assert secret not in str.__str__(key.hmac)
+
+
+def test_a_list_of_keys_offers_only_owners_who_have_one(viewer: User, person: Callable[..., User]) -> None:
+    with changes(actor=None, via="system"):
+        for name in ("ml", "hidden-team"):
+            Group.objects.create(name=name)
+        for name, owned in (("a", {"owner": viewer}), ("b", {"owner": person("holder")}), ("c", {})):
+            key = GatewayKey(name=name, team=None if owned else Group.objects.get(name="ml"), **owned)
+            keys.give_secret(key)
+            key.save()
+    person("hidden-person")
+    client, address = logged_in(viewer), reverse("admin:proxy_gatewaykey_changelist")
+    page = client.get(address).content.decode()
+    assert "holder" in page and "ml" in page
+    assert "hidden-person" not in page and "hidden-team" not in page
+    for column, value in (
+        ("owner", User.objects.get(username="holder").pk),
+        ("team", Group.objects.get(name="ml").pk),
+    ):
+        found = client.get(address, {f"{column}__id__exact": value})
+        assert found.context["cl"].result_count == 1
 
 
 def test_the_line_to_paste_can_be_pasted(owner: User) -> None:

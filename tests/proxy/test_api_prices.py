@@ -169,6 +169,14 @@ def test_one_to_come_has_its_dates(operator: User) -> None:
     assert made["is_current"] is False
 
 
+def test_the_answer_says_where_it_ends_when_another_one_is_to_come(operator: User) -> None:
+    begin = timezone.now() + timedelta(days=30)
+    to_come = make(operator, effective_from=begin.isoformat())
+    made = make(operator)
+    assert made["effective_until"] == to_come["effective_from"]
+    assert as_(operator).get(f"{PATH}/{to_come['id']}").json()["effective_until"] is None
+
+
 def test_a_viewer_reads_and_no_more(viewer: User, listed: ModelPrice) -> None:
     client = as_(viewer)
     assert client.get(f"{PATH}/{listed.pk}").status_code == 200

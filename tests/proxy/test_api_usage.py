@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import io
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.contrib.auth.models import User
+from django.core.asgi import get_asgi_application
 from django.test import AsyncClient
 from django.utils import timezone
 from rest_framework.test import APIClient
@@ -411,6 +414,17 @@ def test_the_csv_of_a_summary_has_its_lines(viewer: User) -> None:
     assert len(hourly) == 3
 
 
+@pytest.mark.parametrize("bucket", ["hour", "day"])
+def test_hours_without_usage_cost_a_csv_nothing(
+    viewer: User, bucket: str, django_assert_max_num_queries: Callable[[int], Any]
+) -> None:
+    book(a_row(), a_row(at=AT + timedelta(days=40)), a_row(at=AT + timedelta(days=40, hours=2)))
+    asked = {"since": "2026-01-01", "until": "2028-01-01", "format": "csv", "bucket": bucket}
+    with django_assert_max_num_queries(40):
+        _, *lines = table(as_(viewer).get(SUMMARY, asked))
+    assert [line[1] for line in lines] == (["1", "1", "1"] if bucket == "hour" else ["1", "2"])
+
+
 @pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])
 def test_r46_a_formula_is_only_a_text(viewer: User, first: str) -> None:
     evil = f'{first}HYPERLINK("http://x","y")'
@@ -428,8 +442,6 @@ def test_r46_a_formula_is_only_a_text(viewer: User, first: str) -> None:
 
 @pytest.mark.django_db(transaction=True)
 async def test_the_asynchronous_server_sends_a_csv_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    from asgiref.sync import sync_to_async
-
     monkeypatch.setattr(exports, "PIECE", 2)
 
     def prepare() -> User:
@@ -442,6 +454,39 @@ async def test_the_asynchronous_server_sends_a_csv_piece_by_piece(monkeypatch: p
     answer: Any = await client.get(f"{PATH}?format=csv")
     pieces = [piece async for piece in answer.streaming_content]
     assert [piece.count(b"\r\n") for piece in pieces] == [1, 2, 2, 1]
+
+
+@pytest.mark.django_db(transaction=True)
+async def test_a_client_who_leaves_ends_a_csv() -> None:
+    def prepare() -> User:
+        book(*(a_row(at=AT + timedelta(hours=hour)) for hour in range(60)))
+        with changes(actor=None, via="system"):
+            return User.objects.create_superuser("ada")
+
+    client = AsyncClient()
+    await client.aforce_login(await sync_to_async(prepare)(), "django.contrib.auth.backends.ModelBackend")
+    cookie = client.cookies.output(attrs=[], header="", sep=";").strip().encode()
+    left, pieces = asyncio.Event(), []
+    messages = iter([{"type": "http.request", "body": b""}])
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(messages, None)) is not None:
+            return message
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pieces.append(message.get("body", b""))
+        if len(pieces) == 5:
+            left.set()
+
+    query = b"format=csv&bucket=hour&since=2026-09-01&until=2999-01-01"
+    scope = {
+        "type": "http", "http_version": "1.1", "method": "GET", "path": SUMMARY, "query_string": query,
+        "headers": [(b"host", b"testserver"), (b"cookie", cookie)], "scheme": "http",
+    }  # fmt: skip
+    await get_asgi_application()(scope, receive, send)
+    assert b"bucket" in pieces[1] and 5 <= len(pieces) < 20
 
 
 # -- names that are still there

@@ -113,6 +113,22 @@ def test_a_refusal_says_when_not_to_try_again(shop: House) -> None:
     assert f"of this key. It begins anew at {begins:%Y-%m-%d} 00:00 UTC." in error["message"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"max_tokens": 200_000, "max_completion_tokens": 1},
+        {"max_tokens": 1, "max_completion_tokens": 200_000},
+        {"max_tokens": 200_000.0},
+        {"max_tokens": 1000, "n": 200.0},
+    ],
+)
+def test_whatever_an_upstream_may_heed_is_held(shop: House, upstream: Upstream, body: dict[str, Any]) -> None:
+    key = budgeted(shop, 100_000)
+    assert refusal(shop.ask(key=key, **body)) == (402, "budget_exceeded")
+    assert upstream.ledger.asked == []
+    assert shop.ask(key=key, max_tokens=1000, n=2).status_code == 200
+
+
 def test_the_books_are_not_asked_while_the_grant_is_enough(shop: House) -> None:
     key = budgeted(shop, 32_000)
     for _ in range(6):

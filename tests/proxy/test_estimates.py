@@ -145,6 +145,24 @@ def test_a_stream_whose_events_hold_many_tokens_is_estimated_by_its_text(
     assert record["completion_tokens"] == pytest.approx(3 * COUNTED["english"][1], rel=0.2)
 
 
+@pytest.mark.parametrize(
+    "end", [[], [b'data: {"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n', answers.DONE]]
+)
+def test_a_stream_that_begins_with_a_usage_of_nothing_is_estimated(
+    pair: House, upstream: Upstream, end: list[bytes]
+) -> None:
+    nothing = {"prompt_tokens": 7, "completion_tokens": 0}
+    pieces = [answers.event({"choices": [{"delta": {"role": "assistant"}}], "usage": nothing})]
+    pieces += [answers.event({"choices": [{"delta": {"content": word}}]}) for word in answers.words(100)]
+    upstream.behave(answers.events([*pieces, *end]))
+    pair.ask(None, stream=True)
+    record = pair.records()[0]
+    assert (record["tokens_source"], record["completion_tokens"]) == (
+        "estimated",
+        pytest.approx(100, rel=0.6),
+    )
+
+
 def test_a_whole_answer_without_usage_is_estimated_by_its_text(pair: House, upstream: Upstream) -> None:
     upstream.behave(answers.ok(texts=[ENGLISH], usage=False))
     pair.ask(None)

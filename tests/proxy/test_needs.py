@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from proxy.needs import UNKNOWN, ModelFacts, Needs, misfit, needs_of, same_dimensions
+from proxy.needs import (
+    UNKNOWN,
+    ModelFacts,
+    Needs,
+    choices,
+    completion_limit,
+    misfit,
+    needs_of,
+    same_dimensions,
+)
 
 pytestmark = pytest.mark.no_database
 
@@ -41,6 +50,19 @@ def test_what_is_asked_for_is_needed() -> None:
 )  # fmt: skip
 def test_a_body_of_nonsense_needs_nothing(body: dict[str, Any]) -> None:
     assert needs_of(body) == Needs()
+
+
+@pytest.mark.parametrize(
+    ("body", "limit", "answers"),
+    [
+        ({"max_tokens": 200, "max_completion_tokens": 1, "n": 3}, 200, 3),
+        ({"max_tokens": 1, "max_completion_tokens": 200, "n": 0}, 200, 1),
+        ({"max_tokens": 200.0, "n": 3.0}, 200, 3),
+        ({"max_tokens": 0.5, "max_completion_tokens": float("inf"), "n": True}, 0, 1),
+    ],
+)
+def test_the_largest_limit_that_is_given_counts(body: dict[str, Any], limit: int, answers: int) -> None:
+    assert (completion_limit(body), choices(body)) == (limit, answers)
 
 
 def test_only_what_certainly_does_not_fit_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import subprocess
@@ -362,6 +363,52 @@ def test_a_second_override_of_a_name_ends_the_first(shelf: Shelf) -> None:
     with changes(actor=None, via="system"):
         prices.end_override(second)
     assert present(provider, "a") == (kept.pk, 6)
+
+
+def timetable(provider: Provider, now: datetime) -> list[tuple[float, int | None]]:
+    """(day, rate) of each day from `now` on at whose beginning another rate of the model `a` holds."""
+    found: list[tuple[float, int | None]] = []
+    book = build_book(provider)
+    for day in range(60):
+        rate = book((now + timedelta(days=day, seconds=1)).timestamp())
+        if not found or found[-1][1] != rate:
+            found.append((day, rate))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        # What begins later stays, whether this one has an end or not.
+        ([(1, 30, None), (2, 0, 3)], [(0, 2), (3, None), (30, 1)]),
+        ([(1, 30, None), (2, 0, None)], [(0, 2), (30, 1)]),
+        ([(1, 30, 40), (2, 0, None)], [(0, 2), (30, 1), (40, None)]),
+        # What holds goes on behind one with an end.
+        ([(1, 0, None), (2, 0, 3)], [(0, 2), (3, 1)]),
+        ([(1, 0, None), (2, 5, 8), (3, 6, 7)], [(0, 1), (5, 2), (6, 3), (7, 2), (8, 1)]),
+        ([(1, 0, 10), (2, 5, 8)], [(0, 1), (5, 2), (8, 1), (10, None)]),
+        ([(1, 2, None), (2, 0, 3)], [(0, 2), (3, 1)]),
+        ([(1, 0, 3), (2, 3, 6), (3, 1, 5)], [(0, 1), (1, 3), (5, 2), (6, None)]),
+        # The same beginning is a correction, which takes the whole of its place.
+        ([(1, 30, None), (2, 30, None)], [(0, None), (30, 2)]),
+        ([(1, 30, None), (2, 30, None), (3, 0, None)], [(0, 3), (30, 2)]),
+        ([(1, 0, None), (2, 0, None)], [(0, 2)]),
+    ],
+)
+def test_what_overrides_of_a_name_say_of_other_times_stays(
+    said: list[tuple[int, int, int | None]], expected: list[tuple[float, int | None]]
+) -> None:
+    provider, now = vendor(), timezone.now()
+    for rate, begin, end in said:
+        until = None if end is None else now + timedelta(days=end)
+        override(provider, "a", rate, effective_from=now + timedelta(days=begin), effective_until=until)
+    assert timetable(provider, now) == expected
+    held = [
+        (row.effective_from, row.effective_until or datetime.max.replace(tzinfo=UTC))
+        for row in ModelPrice.objects.order_by("effective_from")
+        if row.effective_from != row.effective_until
+    ]
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(held))
 
 
 def test_an_override_that_is_to_come_holds_when_it_comes() -> None:

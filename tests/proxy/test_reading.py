@@ -90,6 +90,38 @@ def test_a_stream_that_ends_early_is_never_complete_unless_it_said_so(end: int) 
         assert EXPECTED.startswith(out.rstrip(b"\n")) or b"data: " in out
 
 
+def running(completion: int) -> dict[str, Any]:
+    return {"usage": {"prompt_tokens": 3, "completion_tokens": completion}}
+
+
+BEGINNING = event({"role": "assistant", "content": ""}, **running(0))
+SO_FAR = event(None, **running(2))
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ([BEGINNING, *WORDS, FINISH, DONE], None),
+        ([BEGINNING, *WORDS], None),
+        ([ROLE, *WORDS[:2], SO_FAR, *WORDS[2:], FINISH, DONE], None),
+        ([ROLE, *WORDS[:2], SO_FAR, event({"tool_calls": [{"index": 0}]}), FINISH], None),
+        ([BEGINNING, event({"content": "a"}, finish="stop"), DONE], None),
+        ([ROLE, *WORDS[:2], SO_FAR, ROLE, FINISH, DONE], 2),
+        ([BEGINNING, *WORDS, FINISH, USAGE, DONE], 6),
+        ([BEGINNING, *(event({"content": "a"}, **running(n)) for n in (1, 2, 3))], 3),
+        ([BEGINNING, *(event({"content": "a"}, **running(n)) for n in (1, 2, 3)), FINISH, DONE], 3),
+    ],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_only_a_usage_that_no_more_of_the_answer_follows_is_its_usage(
+    parts: list[bytes], told: int | None, together: bool
+) -> None:
+    one = reader()
+    feed(one, [b"".join(parts)] if together else parts)
+    assert one.failure is None
+    assert (None if one.usage is None else one.usage.completion) == told
+
+
 def test_nothing_is_released_before_there_is_content() -> None:
     one = reader()
     assert one.feed(b": hello\n\n" + ROLE) == b""

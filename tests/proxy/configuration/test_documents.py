@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
+from django.utils import timezone
 from hypothesis import HealthCheck, given
 from hypothesis import settings as bounds
 from hypothesis import strategies as st
@@ -15,7 +17,8 @@ from providers.models import Keyring, Provider, UpstreamModel
 from proxy.configuration import document, foreign, reading
 from proxy.configuration.restoring import restore
 from proxy.configuration.sections import SECTIONS
-from proxy.models import ModelRoute
+from proxy.models import ModelPrice, ModelRoute
+from proxy.prices import add_override
 from tests.support.configuration import CANARY, empty, refused, restored
 from tests.support.rows import spellings
 
@@ -94,6 +97,25 @@ def test_restoring_twice_changes_nothing(filled: str) -> None:
         assert outcome.changes == ()
         assert Head.objects.get().seq == head
         assert list(Provider.objects.values_list("slug", "version")) == versions
+
+
+def test_a_price_that_was_corrected_before_it_began_hinders_no_restore(filled: str) -> None:
+    begin = timezone.now() + timedelta(days=30)
+    for rate in (5, 50):
+        with changes(actor=None, via="system"):
+            row = ModelPrice(model="tiny", prompt=rate, completion=rate, effective_from=begin)
+            add_override(row, Provider.objects.get(slug="box"))
+    made = document.build(sealed=True)
+    (price,) = made["prices"]
+    assert price["prompt"] == 50
+
+    assert restored(made).changes == ()
+    # As documents were that have it still.
+    never = {**price, "prompt": 5, "effective_until": price["effective_from"]}
+    for prices in ([price, never], [never, price]):
+        outcome = restored({**made, "prices": prices})
+        assert outcome.changes == ()
+        assert any("never held" in note for note in outcome.notes)
 
 
 def test_each_changed_object_is_one_entry_of_the_audit_log(filled: str) -> None:
