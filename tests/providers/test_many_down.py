@@ -63,14 +63,16 @@ class Down:
         began = time.monotonic()
         self.busy += 1
         self.most = max(self.most, self.busy)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await reader.readuntil(b"\r\n\r\n")
-            self.asked[writer.get_extra_info("sockname")[0]].append(began)
-            await asyncio.sleep(0.1)
-            self.busy -= 1
-            writer.write(b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-            await writer.drain()
-        writer.close()
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                await reader.readuntil(b"\r\n\r\n")
+                self.asked[writer.get_extra_info("sockname")[0]].append(began)
+                await asyncio.sleep(0.1)
+                self.busy -= 1
+                writer.write(b"HTTP/1.1 503 Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                await writer.drain()
+        finally:
+            writer.close()  # Also where the test ends first.
 
 
 def more_of(gateway: Gateway, *, beats: int, workers: int) -> Iterator[Process]:
