@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 from proxy.candidates import Candidate
 from proxy.errors import BudgetExceeded, BudgetUnavailable, GatewayError, PriceUnknown
-from proxy.grants import Grants
+from proxy.grants import Account, Grants
 from proxy.purses import AccountKey, Allowance, Purse
 from proxy.snapshot import Snapshot
 
@@ -46,7 +46,7 @@ class Hold:
         self.left_out: list[str] = []
         self._own: list[Charge] = []
         self._providers: dict[int, Charge] = {}
-        self._reserved: dict[int, tuple[Purse, int]] = {}
+        self._reserved: dict[int, tuple[Account, int]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -58,8 +58,8 @@ class Hold:
 
     def release(self) -> None:
         reserved, self._reserved = self._reserved, {}
-        for purse, amount in reserved.values():
-            purse.release(amount, time.monotonic())
+        for account, amount in reserved.values():
+            account.purse.release(amount, time.monotonic())
 
     def accounts(self, provider_id: int) -> list[AccountKey]:
         """What an attempt at this provider is charged to, as its start record says."""
@@ -78,15 +78,21 @@ class Hold:
         self._providers[provider_id] = await self._charge(grants, allowance, amount)
 
     async def _charge(self, grants: Grants, allowance: Allowance, amount: int) -> Charge:
-        account = grants.account(allowance)
+        # The window may end while others are waited for: a request stays in the one that it began in.
+        account, already = self._reserved.get(allowance.id) or (grants.account(allowance), 0)
         purse = account.purse
         if not allowance.hard:
             return Charge(purse.key)
-        _, already = self._reserved.get(allowance.id, (purse, 0))
         if amount > already:
             await grants.reserve(account, amount - already)
-            self._reserved[allowance.id] = (purse, amount)
+            self._reserved[allowance.id] = (account, amount)
         return Charge(purse.key, purse)
+
+    async def again(self, grants: Grants) -> None:
+        """Before another attempt: what the earlier ones have cost came out of what is held, which the budgets have to have once
+        more. Raises BudgetExceeded or BudgetUnavailable."""
+        for account, _ in self._reserved.values():
+            await grants.reserve(account, 0)
 
     def _of(self, provider_id: int) -> Iterable[Charge]:
         own = self._providers.get(provider_id)

@@ -18,7 +18,7 @@ from typing import cast
 import hiredis
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 
-from proxy.limits_lua import HOLD, SCRIPTS, Script
+from proxy.limits_lua import HOLD, RELEASE, SCRIPTS, Script
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ class Link:
         """The connection is gone. It may have been idle, or the server was restarted: once more, on a new one."""
         if wire is not self._wire:
             return
-        again = [each for each in wire.sent if each.since]
+        again = [each for each in wire.sent if each.since and _may_be_repeated(each)]
         self._wire = None
         wire.abort()
         if any(each.resent for each in again) or (again and self._heard > again[0].since):
@@ -281,7 +281,7 @@ class Link:
             self._give_up(error)
             return
         for operation in again:
-            operation.resent = True
+            operation.words, operation.resent = operation.again or operation.words, True
         self._queue[:0] = again
         self._write()
 
@@ -336,6 +336,11 @@ class Link:
     def _keep(self, operation: Operation) -> None:
         if operation.again is not None:
             self._undelivered.append(Operation(operation.again, operation.script, operation.again))
+
+
+def _may_be_repeated(operation: Operation) -> bool:
+    """Counting too much is safe, giving back twice is not."""
+    return operation.script is not RELEASE or operation.again is not None
 
 
 def _has_written(operation: Operation, reply: object) -> bool:

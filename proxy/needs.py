@@ -140,7 +140,9 @@ def choices(body: Mapping[str, Any]) -> int:
 
 
 def _whole(number: Any) -> int:
-    """0 for what is no whole number above 0. Servers take 200.0 for 200."""
+    """0 for what is no whole number above 0. Servers take 200.0 for 200, and some take "200"."""
+    if type(number) is str and len(number) < 20 and number.strip().isdecimal():
+        number = int(number)
     if type(number) is float and number.is_integer():
         number = int(number)
     return number if type(number) is int and number > 0 else 0

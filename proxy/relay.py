@@ -19,7 +19,7 @@ from providers.wire import Chat
 from proxy import estimates, scopes
 from proxy.attempts import BYTES_PER_TOKEN, Attempt, Call
 from proxy.candidates import Candidate
-from proxy.errors import RateLimited
+from proxy.errors import BudgetExceeded, BudgetUnavailable, RateLimited
 from proxy.gateway import Gateway
 from proxy.journey import Journey
 from proxy.limits import Held
@@ -54,6 +54,8 @@ async def run(gateway: Gateway, call: Call, sink: Sink) -> None:
     resumption = Resumption(call.chat.body) if call.resume else None
     with Journey(call.plan.candidates, gateway.retries) as journey:
         while (candidate := await _next(journey, sink, resumption)) is not None:
+            if journey.dials > 1 and not await _affordable(gateway, call):
+                break
             try:
                 async with _place(gateway, call, candidate) as place:
                     with (
@@ -80,6 +82,15 @@ async def run(gateway: Gateway, call: Call, sink: Sink) -> None:
                 else:
                     journey.failed(candidate, error, committed=True)
         raise (resumption and resumption.broke) or journey.verdict()
+
+
+async def _affordable(gateway: Gateway, call: Call) -> bool:
+    """Whether the budgets have as much once more as is held of them; attempts before may have cost all of it."""
+    try:
+        await call.hold.again(gateway.grants)
+    except (BudgetExceeded, BudgetUnavailable):
+        return False
+    return True
 
 
 def _place(gateway: Gateway, call: Call, candidate: Candidate) -> AbstractAsyncContextManager[Held]:

@@ -20,7 +20,7 @@ from audit.changes import AuditUnavailable
 from audit.models import Head
 from providers.keyring import WrongEncryptionKey
 from providers.keys import note_undecryptable
-from providers.models import KeyUse, ProviderHealth, Status
+from providers.models import ApiKey, KeyUse, ProviderHealth, Status
 from proxy import snapshot as snapshots
 from proxy import weather as weathers
 from proxy.snapshot import Snapshot
@@ -164,7 +164,8 @@ class Watcher:
                 next_probe_at=timezone.now()
             )
             self._suspects -= suspects
-        for key_id in rejected:
+        # One may be deleted by now, and would hold up the others for ever.
+        for key_id in ApiKey.objects.filter(pk__in=rejected).values_list("pk", flat=True):
             KeyUse.objects.update_or_create(api_key_id=key_id, defaults={"rejected_at": timezone.now()})
         if accepted:
             KeyUse.objects.filter(api_key__in=accepted).update(rejected_at=None)

@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.budgets import COMPLETION_TOKENS, Asked, most
+from proxy.budgets import COMPLETION_TOKENS, Asked, Hold, most
 from proxy.candidates import Candidate
 from proxy.grants import IDLE_SECONDS, REST_SECONDS, Grants
 from proxy.pricing import Price, Rate
 from proxy.purses import NEVER, WINDOWS, Allowance, Purse, window_at
 from proxy.spool import Spool
-from tests.support import answers
+from tests.support import answers, faults
+from tests.support.books import Books
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
@@ -119,6 +120,7 @@ def test_a_refusal_says_when_not_to_try_again(shop: House) -> None:
         {"max_tokens": 200_000, "max_completion_tokens": 1},
         {"max_tokens": 1, "max_completion_tokens": 200_000},
         {"max_tokens": 200_000.0},
+        {"max_tokens": "200000"},
         {"max_tokens": 1000, "n": 200.0},
     ],
 )
@@ -227,6 +229,38 @@ def test_a_request_is_held_at_the_dearest_candidate(pair: House) -> None:
     pair.know(1, "tiny", context_window=40)
     assert pair.ask(None, key=key).status_code == 200
     assert pair.books.asked == [40]
+
+
+async def test_a_hold_stays_in_the_window_that_it_began_in() -> None:
+    now = [10 * 86400.0 - 1]
+    grants, allowance = (
+        Grants("w", ledger=Books({1: 10**9}), clock=lambda: now[0]),
+        Allowance(1, "the provider", "day", True),
+    )
+    before = grants.account(allowance).purse
+    with Hold() as held:
+        await held.provider(grants, allowance, 7, 100)
+        now[0] += 2
+        await held.provider(grants, allowance, 7, 150)
+        assert before.reserved == 150
+    assert (before.reserved, grants.account(allowance).purse.reserved) == (0, 0)
+
+
+def test_r42_what_broken_attempts_have_cost_is_had_once_more_before_the_next(
+    house: House, upstream: Upstream
+) -> None:
+    """Each is billed for a prompt that its provider took, and the hold was for one."""
+    numbers = [house.provide(name, f"{upstream.url}/v1") for name in ("first", "second", "third")]
+    a_token = Price(1)._replace(prompt=Rate(A_TOKEN), completion=Rate(A_TOKEN))
+    house.charge(*((number, "*", a_token) for number in numbers))
+    house.activate(*((number, "tiny") for number in numbers))
+    upstream.behave(faults.cut_json())
+    question = [{"role": "user", "content": "{}[];" * 2000}]
+    for amount, attempts in ((3500, 1), (20_000, 3)):
+        asked = len(upstream.ledger.asked)
+        told = house.ask(None, key=budgeted(house, amount), max_tokens=10, messages=question)
+        assert told.status_code == 502
+        assert len(upstream.ledger.asked) - asked == attempts
 
 
 # -- every way out -----------------------------------------------------------------------------------------------------------

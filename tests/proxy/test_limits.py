@@ -142,6 +142,55 @@ async def far_from_the_minute(client: redis.Redis, seconds: float = 5) -> AsyncI
     yield
 
 
+class Cutter:
+    """Between us and Valkey. `cut`: what is written next is passed on, its reply is not, and the connection ends."""
+
+    def __init__(self, server: Path, socket: Path) -> None:
+        self._server, self._socket = server, socket
+        self.cut = False
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        async with await asyncio.start_unix_server(self._serve, self._socket):
+            yield
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        replies, server = await asyncio.open_unix_connection(self._server)
+        answers = asyncio.create_task(self._pass_on(replies, writer))
+        while data := await reader.read(65536):
+            if self.cut:
+                answers.cancel()
+            server.write(data)
+            if self.cut:
+                self.cut = False
+                await asyncio.sleep(0.02)
+                break
+        answers.cancel()
+        writer.close()
+        server.close()
+
+    @staticmethod
+    async def _pass_on(replies: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await replies.read(65536):
+            writer.write(data)
+
+
+async def test_f19_tokens_are_not_given_back_twice_when_redis_hangs_up_before_it_answers(
+    make: Any, valkey: Valkey, client: redis.Redis, tmp_path: Path
+) -> None:
+    cutter = Cutter(valkey.socket, tmp_path / "socket")
+    async with cutter.listening(), far_from_the_minute(client):
+        limits, who = make(f"unix://{tmp_path}/socket"), caller(tokens=100_000)
+        async with limits.hold(who.scopes, member="long", tokens=5000):
+            async with limits.hold(who.scopes, member="short", tokens=5000) as short:
+                await asyncio.sleep(0.1)
+                short.correct(10)
+                cutter.cut = True
+            await until(lambda: not cutter.cut)
+            await asyncio.sleep(0.1)
+            assert client.hget("penstock:limit:{k}:t", "c") == b"5010"
+
+
 # Counting together
 
 

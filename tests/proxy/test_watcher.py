@@ -82,6 +82,26 @@ def test_r03_a_key_that_does_not_open_is_told_to_the_audit_log_once(broken: ApiK
     assert verify(tmp_path / "no anchors").ok
 
 
+def test_a_refused_key_that_is_deleted_meanwhile_holds_up_no_other(provide: Callable[..., Provider]) -> None:
+    gone, here = (
+        ApiKey.objects.get(
+            provider=provide(name, f"http://127.0.0.1:{port}/v1", api_key=f"sk-of-{name}-0123456789")
+        )
+        for name, port in (("first", 9), ("second", 8))
+    )
+    watcher = Watcher(Clock())
+    watcher.refresh()
+    number = gone.pk
+    with changes(actor=None, via="system"):
+        gone.delete()
+    watcher.rejected(number)
+    watcher.rejected(here.pk)
+    watcher.refresh()
+
+    assert KeyUse.objects.get(api_key=here).rejected_at is not None
+    assert not watcher._rejected
+
+
 def test_r03_of_many_workers_at_once_one_writes_the_entry(broken: ApiKey) -> None:
     together = threading.Barrier(4)
     failed: list[BaseException] = []
