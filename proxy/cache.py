@@ -22,6 +22,7 @@ from proxy.attempts import Attempt, Call
 from proxy.auth import RawHeaders
 from proxy.candidates import Candidate
 from proxy.limits_redis import Link, LinkFailed, Operation
+from proxy.needs import choices
 
 PREFIX = "penstock:cache:"
 MAX_REQUEST_BYTES = 256 * 1024
@@ -99,6 +100,9 @@ def slot_of(call: Call, headers: RawHeaders) -> Slot | None:
     caller, body = call.running.caller, call.chat.body
     temperature = body.get("temperature")
     if caller.cache_seconds is None or temperature != 0 or isinstance(temperature, bool):
+        return None
+    if choices(body) > 1:
+        # Of several answers only one reason to finish is known, and the others may be a filter's.
         return None
     wishes = _wishes(headers)
     if call.body_bytes > MAX_REQUEST_BYTES or "no-store" in wishes:

@@ -40,11 +40,15 @@ class Cooldowns:
 
     def limited(self, key: int, retry_after: float | None) -> float:
         """Its provider said 429, and perhaps for how many seconds; for how many it is left alone."""
+        now = self._clock()
         known = self._rests.get(key)
-        in_a_row = known.in_a_row + 1 if known is not None else 1
+        in_a_row = known.in_a_row if known is not None else 0
+        # Who is refused while the key rests already was on his way before; only after a rest is it once more.
+        if known is None or known.until <= now:
+            in_a_row += 1
         untold = min(FIRST_SECONDS * 2.0 ** min(in_a_row - 1, 10), MOST_UNTOLD_SECONDS)
         seconds = untold if retry_after is None else min(max(retry_after, FIRST_SECONDS), MOST_SECONDS)
-        until = self._clock() + seconds
+        until = now + seconds
         self._rests[key] = _Rest(max(until, known.until if known is not None else until), in_a_row)
         return seconds
 

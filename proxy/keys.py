@@ -153,6 +153,9 @@ def empty_cache(key: GatewayKey) -> None:
     """Have no answer that was kept until now given again, to this key or another one of its owner. Saves; inside `audit.changes`."""
     key.cache_emptied_at = timezone.now()
     key.save()
+    for other in key.sharing_a_cache().exclude(pk=key.pk):
+        other.cache_emptied_at = key.cache_emptied_at
+        other.save()
 
 
 def revoke(key: GatewayKey) -> None:

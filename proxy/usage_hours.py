@@ -117,13 +117,16 @@ def rebuild(
     """Rebuild the sums of every hour that has records, from that of `since` to before `until`: each hour, and its records.
 
     Each hour is a transaction of its own, so this can be ended at any point and run again, and drainers may run beside it. An hour
-    without records keeps its sums: retention has taken the records, and the sums are what is left of them.
+    with fewer records than its sums say, or none, keeps them: retention has taken records, maybe when it was shorter than now, and
+    the sums are what is left of those.
     """
     hour = first_whole_hour()
     if hour is not None and since is not None:
         hour = max(hour, hour_of(since))
     while hour is not None and (until is None or hour < until):
-        yield hour, _rebuild_hour(hour)
+        found = _rebuild_hour(hour)
+        if found is not None:
+            yield hour, found
         oldest = UsageRecord.objects.filter(created_at__gte=hour + HOUR).aggregate(at=Min("created_at"))["at"]
         hour = None if oldest is None else hour_of(oldest)
 
@@ -146,16 +149,20 @@ def first_whole_hour() -> datetime | None:
     return hour + HOUR
 
 
-def _rebuild_hour(hour: datetime) -> int:
-    """Replace the sums of an hour by what its records come to; how many records that were."""
+def _rebuild_hour(hour: datetime) -> int | None:
+    """Replace the sums of an hour by what its records come to; how many records that were, None where some are missing."""
     with transaction.atomic():
         _keep_drainers_out()
         records = UsageRecord.objects.filter(created_at__gte=hour, created_at__lt=hour + HOUR)
         found = list(records.order_by().values_list(*GRAIN).annotate(**_sums()))
         sums = {(hour, *row[: len(GRAIN)]): [int(one or 0) for one in row[len(GRAIN) :]] for row in found}
-        UsageHour.objects.filter(hour=hour).delete()
+        attempts = sum(values[SUMS.index("attempts")] for values in sums.values())
+        stored = UsageHour.objects.filter(hour=hour)
+        if attempts < (stored.aggregate(all=Sum("attempts"))["all"] or 0):
+            return None
+        stored.delete()
         _add(sums)
-    return sum(values[SUMS.index("attempts")] for values in sums.values())
+    return attempts
 
 
 def _sums() -> dict[str, Any]:

@@ -6,8 +6,9 @@ shows is the one that the audit log would have.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError, models, transaction
 
 from audit.api_errors import problem_of
-from audit.changes import changes
+from audit.changes import changes, record
 from audit.models import Entry
 from providers import transfer
 from providers.models import Provider
@@ -69,13 +70,12 @@ def restore(
     Nothing may be open around it: it is one block of `changes()` on its own. Raises Refused, with everything that is wrong.
     """
     document = _checked(source)
-    restoring = _Restoring(source, document, author=actor.get_username() if actor else "")
+    restoring = _Restoring(source, document, author=actor.get_username() if actor else "", prunes=prune)
     outcome: Outcome | None = None
     try:
         with changes(actor=actor, via="restore", ip=ip, request_id=request_id) as change:
             restoring.write()
-            if prune:
-                restoring.prune()
+            restoring.prune()
             restoring.finish()
             made = tuple(entry for entry in change.entries.values() if entry.changes)
             outcome = Outcome(made, (*source.notes, *restoring.run.notes))
@@ -116,12 +116,43 @@ def _other_peppers(described: Any) -> Iterator[Problem]:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Nameless:
+    """A row whose name an entry takes: until it gets another one, or is deleted, a word stands there that nobody chose.
+
+    unique: the columns that no other row may have alike; the last is the name.
+    """
+
+    section: str
+    number: int
+    row: Any
+    unique: tuple[str, ...]
+    word: str
+
+    @classmethod
+    def made(cls, section: str, number: int, row: Any, unique: tuple[str, ...]) -> _Nameless:
+        """Put the word there, and into the log that it was done: so what follows is told with the name from before."""
+        column = unique[-1]
+        name, most, random = getattr(row, column), row._meta.get_field(column).max_length, uuid.uuid4().hex
+        word = f"{name[: most - len(random) - 1]}-{random}"
+        type(row)._default_manager.filter(pk=row.pk).update(**{column: word})
+        record(row, verb="update", before={column: name}, after={column: word})
+        return cls(section, number, row, unique, word)
+
+    def refuse_if_it_stays(self) -> None:
+        model, column = type(self.row), self.unique[-1]
+        if model._default_manager.filter(pk=self.row.pk, **{column: self.word}).exists():
+            raise ValidationError({column: self.row.unique_error_message(model, self.unique)})
+
+
 class _Restoring:
     """The steps of one restore; what goes wrong with an entry is kept, and the next one is looked at."""
 
-    def __init__(self, source: Source, document: Mapping[str, Any], *, author: str) -> None:
+    def __init__(self, source: Source, document: Mapping[str, Any], *, author: str, prunes: bool) -> None:
         self._source = source
         self._document = document
+        self._prunes = prunes
+        self._made_way: list[_Nameless] = []
         self.problems = list(source.problems)
         sealed = {
             transfer.data_key(entry["sealed"])
@@ -139,11 +170,25 @@ class _Restoring:
 
     def _write_section(self, section: Section) -> None:
         index = _Index(section)
+        self._make_way(section, index)
         for number, entry in enumerate(self._document[section.name]):
             with self._blaming(section.name, number):
                 if not isinstance(entry, Mapping):
                     raise ValidationError("Write an object.")
                 self._write_entry(section, index, entry, self._source.place(section.name, number))
+
+    def _make_way(self, section: Section, index: _Index) -> None:
+        """Free the names that entries give to other rows than have them now, where those get another one or are deleted."""
+        about: dict[int, Any] = {}
+        for number, entry in enumerate(self._document[section.name]):
+            # What is wrong with an entry is told when it is written.
+            with suppress(ValidationError):
+                about[number] = index.find(entry) if isinstance(entry, Mapping) else None
+        named = {row.pk for row in about.values() if row is not None}
+        for number, row in about.items():
+            for names, holder in index.holders(self._document[section.name][number]) if row else ():
+                if holder is not row and (holder.pk in named or self._is_pruned(section, holder)):
+                    self._made_way.append(_Nameless.made(section.name, number, holder, names))
 
     def _write_entry(self, section: Section, index: _Index, entry: Mapping[str, Any], place: str) -> None:
         saving.refuse_unknown(entry, section.fields)
@@ -185,22 +230,27 @@ class _Restoring:
         return Draft(row, entry, before, place, self.run)
 
     def prune(self) -> None:
-        """Delete what the document's sections do not name; with a mark, only what carries the same one."""
-        if self.problems:
+        """Delete what the document's sections do not name, if asked to; with a mark, only what carries the same one."""
+        if self.problems or not self._prunes:
             return
         for section in reversed(SECTIONS):
-            if section.name not in self._document or not section.pruned:
+            if section.name not in self._document:
                 continue
             for row in section.all_rows().exclude(pk__in=self.run.named[section.name]):
-                if self._is_ours(row) and not section.by_itself(row):
+                if self._is_pruned(section, row):
                     with self._blaming(section.name, None):
                         row.delete()
 
-    def _is_ours(self, row: Any) -> bool:
-        return not self.run.managed_by or getattr(row, "managed_by", "") == self.run.managed_by
+    def _is_pruned(self, section: Section, row: Any) -> bool:
+        """Whether a row that the document does not name is deleted."""
+        ours = not self.run.managed_by or getattr(row, "managed_by", "") == self.run.managed_by
+        return self._prunes and section.pruned and ours and not section.by_itself(row)
 
     def finish(self) -> None:
         """Look at the whole. Raises Refused with everything that was wrong."""
+        for each in self._made_way if not self.problems else ():
+            with self._blaming(each.section, each.number):
+                each.refuse_if_it_stays()
         for provider in Provider.objects.filter(pk__in=self.run.moved).prefetch_related("keys"):
             if any(key.pk not in self.run.entered for key in provider.keys.all()):
                 place = self.run.moved[provider.pk]
@@ -246,13 +296,18 @@ class _Index:
             if None not in found:
                 self._rows[names, tuple(map(str, found))] = row
 
-    def find(self, entry: Mapping[str, Any]) -> Any:
-        """The row that an entry is about, or None. Raises ValidationError when the entry does not say."""
+    def holders(self, entry: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
+        """The rows that have what identifies an entry, each with the columns that do."""
         for names in self._section.found_by:
             if all(entry.get(name) not in (None, "") for name in names):
                 row = self._rows.get((names, tuple(str(entry[name]) for name in names)))
                 if row is not None:
-                    return row
+                    yield names, row
+
+    def find(self, entry: Mapping[str, Any]) -> Any:
+        """The row that an entry is about, or None. Raises ValidationError when the entry does not say."""
+        for _, row in self.holders(entry):
+            return row
         sets = self._section.found_by
         if self._section.one_of and any(all(entry.get(name) for name in names) for names in sets):
             return None

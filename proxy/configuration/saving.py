@@ -251,6 +251,10 @@ def save_gateway_key(draft: Draft) -> None:
         draft.run.notes.append(f"gateway key {key.name} was revoked here, and stays so")
     if key.revoked_at is not None:
         key.enabled = False
+    emptied = draft.before.get("cache_emptied_at")
+    if emptied is not None and (key.cache_emptied_at is None or key.cache_emptied_at < emptied):
+        # What a cache held before it was emptied is not given again, whatever a backup from then says.
+        key.cache_emptied_at = emptied
     draft.check_and_save()
 
 

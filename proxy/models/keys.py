@@ -46,7 +46,8 @@ class GatewayKey(Owned, Limited, Managed, Versioned):
     previous_*: the secret before the last rotation, good until `previous_until`.
     resume_streams: whether a stream that broke is gone on with; None is as the route or the active provider says.
     record_text: whether what is said is kept, sealed. cache_seconds: for how long answers are; None is not at all.
-    cache_emptied_at: answers of its owner from before this are not given any more.
+    cache_emptied_at: answers of its owner from before this are not given any more. All keys of an owner know it, so that it
+    outlives each of them.
     """
 
     key_id = models.CharField(max_length=10, unique=True, editable=False)
@@ -112,6 +113,20 @@ class GatewayKey(Owned, Limited, Managed, Versioned):
 
     def __str__(self) -> str:
         return self.name
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """What was emptied stays so with a key that its owner gets later, or again."""
+        newest = self.sharing_a_cache().aggregate(at=models.Max("cache_emptied_at"))["at"]
+        self.cache_emptied_at = max(filter(None, (self.cache_emptied_at, newest)), default=None)
+        super().save(*args, **kwargs)
+
+    def sharing_a_cache(self) -> models.QuerySet[GatewayKey]:
+        """The keys that get the same kept answers: those of a person or a team, else nobody but the key itself."""
+        if self.team_id is not None:
+            return GatewayKey.objects.filter(team=self.team_id)
+        if self.owner_id is not None:
+            return GatewayKey.objects.filter(owner=self.owner_id)
+        return GatewayKey.objects.filter(pk=self.pk)
 
     @property
     def prefix(self) -> str:

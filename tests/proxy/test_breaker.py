@@ -145,7 +145,18 @@ def test_a_limited_key_rests_as_long_as_its_provider_says_within_bounds(clock: C
 
 def test_a_provider_that_does_not_say_is_left_alone_twice_as_long_each_time(clock: Clock) -> None:
     cooldowns = Cooldowns(clock)
-    assert [cooldowns.limited(3, None) for _ in range(7)] == [1, 2, 4, 8, 16, 30, 30]
+    for rests in (1, 2, 4, 8, 16, 30, 30):
+        assert cooldowns.limited(3, None) == rests
+        clock.now += rests
+    assert not cooldowns.resting()
+    cooldowns.limited(3, None)
     cooldowns.accepted(3)
     assert not cooldowns.resting()
     assert cooldowns.limited(3, None) == 1
+
+
+def test_requests_that_were_on_their_way_together_are_refused_once(clock: Clock) -> None:
+    cooldowns = Cooldowns(clock)
+    assert {cooldowns.limited(3, None) for _ in range(8)} == {1.0}
+    clock.now += 1
+    assert {cooldowns.limited(3, None) for _ in range(8)} == {2.0}

@@ -318,6 +318,24 @@ def test_only_whole_answers_of_some_size_are_kept(
     assert len(store.keys(f"{cache.PREFIX}*")) == 1
 
 
+def test_several_choices_are_not_kept_since_a_filter_may_have_ended_one(
+    kept: House, store: Any, upstream: Upstream
+) -> None:
+    reasons = ("stop", "content_filter")
+    choices = [
+        {"index": index, "finish_reason": reason, "message": {"role": "assistant", "content": "word"}}
+        for index, reason in enumerate(reasons)
+    ]
+    upstream.script(answers.raw(json.dumps({"object": "chat.completion", "choices": choices}).encode()))
+    assert "content_filter" in ask(kept, n=2).text
+    # What is kept is kept in order, so what came first is there by now, too.
+    warm(kept, store, messages=[{"role": "user", "content": "something else"}])
+
+    assert said(ask(kept, n=2)) == "miss"
+
+    assert len(store.keys(f"{cache.PREFIX}*")) == 1
+
+
 def test_an_answer_that_another_provider_went_on_with_is_not_kept(
     kept: House, store: Any, upstream: Upstream, fallback: Upstream
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,13 +10,17 @@ from django.contrib.auth.models import User
 from django.test import Client
 from django.urls import reverse
 
+from audit.changes import changes
 from audit.models import Entry
+from providers import keyring
 from proxy.auth import Caller
+from proxy.configuration import document
 from proxy.models import GatewayKey
 from proxy.models.keys import MAX_CACHE_SECONDS
 from proxy.snapshot import build
 from proxy.usage_rows import usage_row
 from tests.support.api import V1, as_, error
+from tests.support.configuration import restored
 
 pytestmark = pytest.mark.django_db
 PATH = f"{V1}/gateway-keys"
@@ -83,6 +88,51 @@ def test_emptying_it_again_is_another_emptying(owner: User) -> None:
         client.post(f"{PATH}/{made['id']}/empty-cache")
         scopes.add(caller(made).cache_scope)
     assert len(scopes) == 3
+
+
+def delete(key: GatewayKey, stranger: User) -> None:
+    key.delete()
+
+
+def give_away(key: GatewayKey, stranger: User) -> None:
+    key.holder = stranger
+    key.save()
+
+
+@pytest.mark.parametrize("part_with", [delete, give_away])
+def test_it_stays_empty_without_the_key_through_which_it_was_emptied(
+    owner: User, stranger: User, part_with: Callable[[GatewayKey, User], None]
+) -> None:
+    client = as_(owner)
+    one, two = (issue(client, name, owner="owner") for name in ("one", "two"))
+    loose = issue(client, "loose")
+    client.post(f"{PATH}/{one['id']}/empty-cache")
+    emptied = caller(two).cache_scope
+
+    with changes(actor=None, via="system"):
+        part_with(GatewayKey.objects.get(name="one"), stranger)
+
+    assert caller(two).cache_scope == emptied
+    # Whoever comes to the owner from now on keeps it in mind, too.
+    issue(client, "three", owner="owner")
+    client.patch(f"{PATH}/{loose['id']}", {"owner": "owner"})
+    with changes(actor=None, via="system"):
+        GatewayKey.objects.exclude(name="loose").delete()
+    assert caller(loose).cache_scope == emptied
+
+
+def test_it_stays_empty_when_a_backup_from_before_is_restored(owner: User) -> None:
+    keyring.load()
+    client = as_(owner)
+    one, two = (issue(client, name, owner="owner") for name in ("one", "two"))
+    backup = document.build(sealed=True)
+    client.post(f"{PATH}/{one['id']}/empty-cache")
+    emptied = caller(two).cache_scope
+    assert restored(backup).changes == ()
+    assert caller(two).cache_scope == emptied
+    client.delete(f"{PATH}/{one['id']}")
+    restored(backup)
+    assert caller(one).cache_scope == caller(two).cache_scope == emptied
 
 
 def test_when_it_was_emptied_is_not_for_anybody_to_write(owner: User) -> None:

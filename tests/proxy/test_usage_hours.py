@@ -91,7 +91,7 @@ class MaintainedIsRecomputed(TestCase):
         assert (
             sum(sums[SUMS.index("attempts")] for sums in maintained.values()) == UsageRecord.objects.count()
         )
-        UsageHour.objects.update(attempts=77)
+        UsageHour.objects.update(requests=77, attempts=0)
 
         rebuild()
 
@@ -172,7 +172,7 @@ def test_an_hour_whose_records_were_forgotten_keeps_its_sums() -> None:
     UsageRecord.objects.filter(created_at__lt=HOUR).delete()
     before = stored()
     book(a_row(at=AT + timedelta(hours=1)))
-    UsageHour.objects.filter(hour__gt=HOUR).update(attempts=77)
+    UsageHour.objects.filter(hour__gt=HOUR).update(attempts=0)
 
     # The oldest hour that is left may have been forgotten in part.
     assert rebuild() == [HOUR + timedelta(hours=1)]
@@ -182,19 +182,32 @@ def test_an_hour_whose_records_were_forgotten_keeps_its_sums() -> None:
 
 
 @pytest.mark.django_db
+def test_an_hour_of_which_only_late_records_are_left_keeps_its_sums() -> None:
+    book(a_row(at=AT - timedelta(hours=5)), a_row(), a_row(model="other"), a_row(at=AT + timedelta(hours=1)))
+    UsageRecord.objects.filter(created_at__gte=HOUR, created_at__lte=AT).delete()
+    book(a_row())
+    before = stored()
+    UsageHour.objects.exclude(hour=HOUR).update(requests=77)
+
+    assert rebuild() == [HOUR - timedelta(hours=5), HOUR + timedelta(hours=1)]
+
+    assert stored() == before
+
+
+@pytest.mark.django_db
 def test_the_command_rebuilds_the_hours_it_is_told_to() -> None:
     book(*(a_row(at=AT + timedelta(hours=more)) for more in range(4)))
-    UsageHour.objects.update(attempts=77)
+    UsageHour.objects.update(attempts=0)
     out = StringIO()
     call_command(
         "recompute_usage", "--since", "2026-09-21T15:30+00:00", "--until=2026-09-21T18:00+01:00", stdout=out
     )
     assert "2 hours from 2 records" in out.getvalue()
     attempts = UsageHour.objects.order_by("hour").values_list("attempts", flat=True)
-    assert list(attempts) == [77, 1, 1, 77]
+    assert list(attempts) == [0, 1, 1, 0]
     call_command("recompute_usage", "--since=2026-09-21T17:00", stdout=out, verbosity=2)
     assert "2026-09-21T17: 1 records" in out.getvalue()
-    assert list(attempts.all()) == [77, 1, 1, 1]
+    assert list(attempts.all()) == [0, 1, 1, 1]
     call_command("recompute_usage", stdout=out)
     assert list(attempts.all()) == [1, 1, 1, 1]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from django.db.models.base import ModelState
 from django.utils import timezone
 from hypothesis import HealthCheck, given
 from hypothesis import settings as bounds
@@ -13,11 +16,11 @@ from hypothesis import strategies as st
 
 from audit.changes import changes
 from audit.models import Entry, Head
-from providers.models import Keyring, Provider, UpstreamModel
+from providers.models import ApiKey, Keyring, Provider, UpstreamModel
 from proxy.configuration import document, foreign, reading
 from proxy.configuration.restoring import restore
 from proxy.configuration.sections import SECTIONS
-from proxy.models import ModelPrice, ModelRoute
+from proxy.models import GatewayKey, ModelPrice, ModelRoute
 from proxy.prices import add_override
 from tests.support.configuration import CANARY, empty, refused, restored
 from tests.support.rows import spellings
@@ -165,6 +168,79 @@ def test_pruning_makes_the_database_exactly_what_the_document_says(filled: str) 
         and not ModelRoute.objects.filter(name="late").exists()
     )
     assert document.content_of(document.build(sealed=True)) == document.content_of(made)
+
+
+NAMED = [
+    (Provider, "slug", "box"),
+    (Provider, "name", "Box"),
+    (ApiKey, "name", "team"),
+    (GatewayKey, "name", "chatbot"),
+]
+
+
+def another(row: Any, **columns: Any) -> Any:
+    """A new row, otherwise like this one."""
+    new = copy(row)
+    new.pk, new._state = None, ModelState()
+    fresh = {"uid": uuid4(), "key_id": "B" * 10, "slug": "another", "name": "Another", "is_default": False}
+    for column, value in {**fresh, **columns}.items():
+        if hasattr(row, column):
+            setattr(new, column, value)
+    new.save()
+    return new
+
+
+@pytest.mark.parametrize(("model", "column", "name"), NAMED)
+def test_a_name_that_was_passed_on_comes_back_from_whoever_is_pruned(
+    filled: str, model: Any, column: str, name: str
+) -> None:
+    made = document.build(sealed=True)
+    with changes(actor=None, via="system"):
+        row = model.objects.get(**{column: name})
+        setattr(row, column, "renamed")
+        row.save()
+        heir = another(row, **{column: name})
+        told = heir.audit_identity()
+
+    assert any("already exists" in line for line in refused(made))
+    outcome = restored(made, prune=True)
+
+    assert document.content_of(document.build(sealed=True)) == document.content_of(made)
+    (gone,) = [entry for entry in outcome.changes if entry.entity_id == told.entity_id]
+    assert (gone.action, gone.entity_name) == (f"delete_{told.noun}", told.entity_name)
+    assert gone.changes[column] == [name, None]
+
+
+@pytest.mark.parametrize(("model", "column", "name"), NAMED)
+def test_names_that_were_exchanged_are_exchanged_again(
+    filled: str, model: Any, column: str, name: str
+) -> None:
+    with changes(actor=None, via="system"):
+        one = model.objects.get(**{column: name})
+        two = another(one, **{column: "heir"})
+    made = document.build(sealed=True)
+    with changes(actor=None, via="system"):
+        for row, value in ((one, "between"), (two, name), (one, "heir")):
+            setattr(row, column, value)
+            row.save()
+
+    outcome = restored(made)
+
+    assert document.content_of(document.build(sealed=True)) == document.content_of(made)
+    assert sorted(entry.changes[column] for entry in outcome.changes) == sorted(
+        [["heir", name], [name, "heir"]]
+    )
+
+
+def test_a_name_is_not_taken_from_a_row_that_gets_no_other(filled: str) -> None:
+    box = Provider.objects.get(slug="box")
+    with changes(actor=None, via="system"):
+        other = another(box)
+    entries = [{"uid": str(other.uid), "slug": "box"}, {"uid": str(box.uid)}]
+    for order in (entries, entries[::-1]):
+        (problem,) = refused({"format": "penstock/1", "providers": order})
+        assert "slug" in problem and "already exists" in problem
+    assert Provider.objects.get(pk=box.pk).slug == "box"
 
 
 def test_pruning_keeps_vendors_that_wait_and_models_that_providers_list(filled: str) -> None:
