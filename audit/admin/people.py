@@ -24,7 +24,7 @@ from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationFo
 from unfold.widgets import UnfoldAdminCheckboxSelectMultipleWidget
 
 from audit import roles
-from audit.access import second_factor
+from audit.access import second_factor, signing_in
 from audit.access.pages import LoginPage, log_out
 from audit.admin.base import AuditedAdmin
 from audit.admin.door import write
@@ -210,9 +210,18 @@ class LastAdministrator(Exception):
 
 
 def own_password(request: HttpRequest) -> HttpResponseBase:
-    """Changing one's own password is a change of a watched row, so it goes through the door as well."""
+    """Changing one's own password is a change of a watched row, so it goes through the door as well.
+
+    The old password is looked at before that, since the form itself would let whoever found an open session guess for ever.
+    """
     if request.method != "POST":
         return admin.site.password_change(request)
+    try:
+        signing_in.check_password(
+            request, username=request.user.get_username(), password=request.POST.get("old_password", "")
+        )
+    except signing_in.Locked:
+        return signing_in.locked_page(request, None, None)
     return write(request, lambda: admin.site.password_change(request))
 
 

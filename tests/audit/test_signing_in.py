@@ -155,6 +155,23 @@ def test_r18_a_good_login_between_guesses_takes_none_back(
     assert log_in(Client(), "owner", "wrong").status_code == 429
 
 
+def test_r18_guesses_at_the_old_password_count_like_others(client: Client, operator: User) -> None:
+    log_in(client)
+    new = {"new_password1": "battery staple correct", "new_password2": "battery staple correct"}
+
+    def change(old: str) -> int:
+        return client.post("/admin/password_change/", {"old_password": old, **new}).status_code
+
+    statuses = [change(f"guess {number}") for number in range(10)]
+
+    assert statuses == [200] * 9 + [429]
+    assert change(PASSWORD) == 429
+    assert log_in(Client()).status_code == 429
+    assert User.objects.get(pk=operator.pk).check_password(PASSWORD)
+    assert [entry.entity_name for entry in entries("fail_login")] == ["operator"] * 9
+    assert len(entries("lock_login")) == 1
+
+
 def test_without_a_record_there_is_no_session(client: Client, operator: User) -> None:
     def refuse(execute: Any, sql: str, *rest: Any) -> Any:
         if "audit_entry" in sql and sql.startswith("INSERT"):
