@@ -315,6 +315,22 @@ def test_without_the_password_there_is_no_second_step(client: Client, operator: 
     assert not inside(client)
 
 
+def test_a_new_password_ends_a_login_that_waits_for_its_code(client: Client, operator: User) -> None:
+    secret, codes = enrol(operator)
+    log_in(client)
+    with changes(actor=None, via="system"):
+        operator.set_password("battery staple correct")
+        operator.save()
+
+    assert client.post(CODE, {"code": code_of(secret)}).status_code == 403
+
+    assert not inside(client)
+    assert client.post(CODE, {"code": codes[0]})["Location"] == "/admin/account/login/"
+    log_in(client, password="battery staple correct")
+    client.post(CODE, {"code": codes[0]})
+    assert inside(client)
+
+
 def test_what_is_stored_of_a_second_factor_opens_only_with_the_pepper(operator: User, settings: Any) -> None:
     from allauth.mfa.models import Authenticator
     from cryptography.fernet import InvalidToken
