@@ -300,6 +300,26 @@ def test_a_code_opens_once(client: Client, operator: User) -> None:
         assert inside(other)
 
 
+@pytest.mark.parametrize("between", ["", " ", "-"])
+def test_the_code_that_enrols_an_app_opens_nothing_more(client: Client, operator: User, between: str) -> None:
+    other = Client()
+    with time_machine.travel(timezone.now(), tick=False) as clock:
+        log_in(client)
+        client.post("/admin/account/again/", {"password": PASSWORD})
+        client.get("/admin/account/app/add/")
+        secret = client.session["mfa.totp.secret"]
+        code = code_of(secret)
+        typed = f"{code[:3]}{between}{code[3:]}"
+        assert client.post("/admin/account/app/add/", {"code": typed}).status_code == 302
+
+        log_in(other)
+        other.post(CODE, {"code": code})
+        assert not inside(other)
+        clock.shift(30)
+        other.post(CODE, {"code": code_of(secret)})
+        assert inside(other)
+
+
 def test_a_recovery_code_opens_once(client: Client, operator: User) -> None:
     _, codes = enrol(operator)
     for browser, expected in ((client, True), (Client(), False)):
