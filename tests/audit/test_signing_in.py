@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import time_machine
+from axes.models import AccessAttempt
 from django.conf import settings as django_settings
 from django.contrib.auth.models import User
 from django.db import DatabaseError, connection
@@ -170,6 +171,8 @@ def test_r18_guesses_at_the_old_password_count_like_others(client: Client, opera
     assert User.objects.get(pk=operator.pk).check_password(PASSWORD)
     assert [entry.entity_name for entry in entries("fail_login")] == ["operator"] * 9
     assert len(entries("lock_login")) == 1
+    kept = repr(list(AccessAttempt.objects.values()))
+    assert "guess" not in kept and "staple" not in kept
 
 
 def test_without_a_record_there_is_no_session(client: Client, operator: User) -> None:
