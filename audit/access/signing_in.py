@@ -20,6 +20,7 @@ from django.contrib.auth import authenticate, get_user_model
 from django.contrib.auth.signals import user_login_failed
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
+from django.utils.crypto import salted_hmac
 
 from audit.access import sessions
 from audit.access.records import note, recorded
@@ -59,6 +60,12 @@ def count_failure(request: Any, user: Any, *, what: str) -> None:
     _record_failure(request, name, what=what)
     if is_locked(request):
         raise Locked
+
+
+def counted_name(request: Any, credentials: Any = None) -> str:
+    """What axes keeps for a user name: guesses at one name are counted, but people type their password into the wrong field."""
+    name = str((credentials or request.POST).get("username") or "")
+    return salted_hmac("counted name", name, algorithm="sha256").hexdigest()
 
 
 def is_locked(request: Any) -> bool:
