@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from django.conf import settings
 from django.contrib.auth import get_user_model
+from django.db import transaction
 from django.db.models import Q
 from drf_spectacular.utils import extend_schema
 from rest_framework import exceptions, serializers
@@ -72,8 +73,17 @@ class FamilyToken(RefreshToken):
         key: Any = self.payload.get(api_settings.USER_ID_CLAIM)
         return get_user_model().objects.get(pk=key, is_active=True)
 
+    def lock_owner(self) -> None:
+        """Have whoever renews or ends something of the same person wait until this transaction ends.
+
+        Else a renewal on its way would spend the old token before, and bring the new one after its family was ended.
+        """
+        key: Any = self.payload.get(api_settings.USER_ID_CLAIM)
+        get_user_model().objects.select_for_update(no_key=True).filter(pk=key).first()
+
     def end_family(self) -> None:
-        """Nobody can renew anything of this login again."""
+        """Nobody can renew anything of this login again. Inside a transaction."""
+        self.lock_owner()
         BlacklistedToken.objects.bulk_create(
             [BlacklistedToken(token=each) for each in self.family.filter(blacklistedtoken=None)],
             ignore_conflicts=True,
@@ -179,20 +189,22 @@ def renewed(request: Request, text: Any) -> FamilyToken:
     When a spent one comes back, two hold it and one of them stole it, so nobody may go on.
     """
     token = Unspent(text)
-    user = token.owner
-    if token.payload.get(api_settings.REVOKE_TOKEN_CLAIM) != get_md5_hash_password(user.password):
-        raise TokenError("the password has changed")
-    if not token.spend():
-        if token.family.filter(blacklistedtoken=None).exists():
-            with recorded(request, actor=user):
-                token.end_family()
-                note(user, "revoke_token", {"why": [None, "a spent token was used again"]})
-        raise TokenError("the token is spent")
-    token.set_jti()
-    token.set_exp()
-    token.set_iat()
-    token.outstand()
-    return token
+    with transaction.atomic():
+        token.lock_owner()
+        user = token.owner
+        if token.payload.get(api_settings.REVOKE_TOKEN_CLAIM) != get_md5_hash_password(user.password):
+            raise TokenError("the password has changed")
+        if token.spend():
+            token.set_jti()
+            token.set_exp()
+            token.set_iat()
+            token.outstand()
+            return token
+    if token.family.filter(blacklistedtoken=None).exists():
+        with recorded(request, actor=user):
+            token.end_family()
+            note(user, "revoke_token", {"why": [None, "a spent token was used again"]})
+    raise TokenError("the token is spent")
 
 
 class RevokeToken(TokenView):

@@ -366,7 +366,17 @@ AXES_RESET_ON_SUCCESS = False
 # Nor does a try during the lock, or anybody could keep an administrator out for ever.
 AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False
 AXES_LOCKOUT_CALLABLE = "audit.access.signing_in.locked_page"
-AXES_SENSITIVE_PARAMETERS = ["username", "ip_address", "code", "credential"]
+AXES_USERNAME_CALLABLE = "audit.access.signing_in.counted_name"
+# axes keeps what was sent with a wrong guess, but for these; a form that asks for a password by another name has it here.
+AXES_SENSITIVE_PARAMETERS = [
+    "username",
+    "ip_address",
+    "code",
+    "credential",
+    "old_password",
+    "new_password1",
+    "new_password2",
+]
 AXES_DISABLE_ACCESS_LOG = True
 AXES_HTTP_RESPONSE_CODE = 429
 AXES_ENABLE_ADMIN = False

@@ -48,6 +48,8 @@ LEEWAY = 60
 """Seconds that the clocks may differ."""
 TIMEOUT = 10.0
 MAX_ANSWER = 1024 * 1024
+NONSENSE = (ValueError, KeyError, TypeError, AttributeError)
+"""What comes of reading an answer that is JSON of another shape than it should have, or none."""
 KEPT = ("sub", "preferred_username", "email", "name", "given_name", "family_name")
 """What is stored of the claims."""
 FAILED = (
@@ -159,7 +161,7 @@ class Issuer(OpenIDConnectOAuth2Adapter):  # type: ignore[misc]  # allauth carri
                 leeway=LEEWAY,
                 options={"require": ["exp", "iat", "iss", "aud", "sub"]},
             )
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
+        except (jwt.PyJWTError, *NONSENSE) as error:
             raise OAuth2Error(f"the ID token is not valid: {type(error).__name__}") from error
         if isinstance(claims["aud"], list) and len(claims["aud"]) > 1 and claims.get("azp") != app.client_id:
             raise OAuth2Error("the ID token was made for another client")
@@ -210,7 +212,7 @@ def _leave(request: HttpRequest, process: str, next_url: str | None) -> HttpResp
     try:
         provider = Issuer(request, settings.OIDC_ISSUER).get_provider()
         redirect = provider.redirect(request, process, next_url, auth_params={"nonce": nonce}, nonce=nonce)
-    except (OAuth2Error, requests.RequestException, ValueError, KeyError) as error:
+    except (OAuth2Error, requests.RequestException, *NONSENSE) as error:
         logger.warning("single sign-on failed: %s", error)
         return refused(request, "The identity provider cannot be reached. Try again later.", 502)
     # A page of ours that leads on, since the content security policy lets no form lead to another site.
@@ -224,8 +226,7 @@ def callback(request: HttpRequest) -> HttpResponse:
     try:
         view = Callback.adapter_view(Issuer(request, settings.OIDC_ISSUER))
         answer: HttpResponse = view(request)
-    except (ValueError, KeyError, TypeError) as error:
-        # Whatever an issuer may answer that is no proper answer.
+    except NONSENSE as error:
         logger.warning("single sign-on failed: %s", type(error).__name__)
         return refused(request, FAILED)
     return answer

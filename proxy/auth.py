@@ -156,12 +156,13 @@ def _matches(caller: Caller, secret: str, peppers: Mapping[int, bytes], now: flo
 
 def check_address(caller: Caller, address: str) -> None:
     """AddressNotAllowed when the key is bound to networks and `address` is in none of them."""
-    if caller.allowed_networks and not _inside(address, caller.allowed_networks):
+    if caller.allowed_networks and not inside(address, caller.allowed_networks):
         raise AddressNotAllowed
 
 
 @lru_cache(maxsize=4096)
-def _inside(address: str, networks: tuple[Network, ...]) -> bool:
+def inside(address: str, networks: tuple[Network, ...]) -> bool:
+    """Whether a peer's address is in one of the networks; IPv4 within IPv6 is IPv4, and what is no address is nowhere."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,16 @@ EXPOSED = (
     b"x-request-id, x-penstock-provider, x-penstock-model, x-penstock-attempts, x-penstock-config, x-penstock-route, "
     b"x-penstock-cache, retry-after"
 )
+ACCEPTED = (
+    b"authorization",
+    b"cache-control",
+    b"content-type",
+    b"x-api-key",
+    b"x-request-id",
+    b"x-penstock-resume",
+)
+MOST_ASKED = 64
+ONE_ASKED = re.compile(rb"[a-z0-9-]{1,64}")
 
 
 def cors_headers(scope: Mapping[str, Any]) -> Pairs:
@@ -33,9 +44,16 @@ def preflight(scope: Mapping[str, Any]) -> Pairs:
         return ((b"allow", b"GET, POST, OPTIONS"),)
     return (
         (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
-        (
-            b"access-control-allow-headers",
-            b"authorization, cache-control, content-type, x-api-key, x-request-id, x-penstock-resume",
-        ),
+        (b"access-control-allow-headers", b", ".join(dict.fromkeys((*ACCEPTED, *_asked(scope))))),
         (b"access-control-max-age", b"600"),
+        (b"vary", b"Access-Control-Request-Headers"),
     )
+
+
+def _asked(scope: Mapping[str, Any]) -> list[bytes]:
+    """The headers that a page wants to send. SDKs have many of their own, and what we do not read does no harm."""
+    value = next(
+        (value for name, value in scope["headers"] if name == b"access-control-request-headers"), b""
+    )
+    names = (name.strip().lower() for name in value.split(b",")[:MOST_ASKED])
+    return [name for name in names if ONE_ASKED.fullmatch(name)]

@@ -9,6 +9,7 @@ from typing import Any
 from allauth.account.internal.flows.login import perform_password_login
 from allauth.account.models import Login
 from allauth.account.utils import get_next_redirect_url
+from allauth.mfa.totp.views import ActivateTOTPView
 from django.conf import settings
 from django.contrib import admin
 from django.core.exceptions import ValidationError
@@ -21,7 +22,7 @@ from django.views.decorators.debug import sensitive_post_parameters
 from django.views.generic.edit import FormView
 from unfold.forms import AuthenticationForm
 
-from audit.access import signing_in
+from audit.access import second_factor, signing_in
 from audit.access.signing_in import Accounts
 from audit.admin.door import write
 
@@ -78,6 +79,15 @@ class LoginPage(FormView):  # type: ignore[type-arg]  # Django's class is not ge
         user = form.get_user()
         login = Login(user=user, redirect_url=self.next_url or None)
         answer: HttpResponse = perform_password_login(self.request, {"username": user.get_username()}, login)
+        return answer
+
+
+class EnrolPage(ActivateTOTPView):  # type: ignore[misc]  # allauth carries no types
+    """An authenticator app of one's own, whose first code shows that it works."""
+
+    def form_valid(self, form: Any) -> HttpResponse:
+        answer: HttpResponse = super().form_valid(form)
+        second_factor.spend_first_code(self.request.user, form.cleaned_data["code"])
         return answer
 
 

@@ -13,6 +13,7 @@ import secrets
 from typing import Any
 
 from allauth.core import context
+from allauth.core.internal.cryptokit import normalize_user_code
 from allauth.mfa.adapter import DefaultMFAAdapter
 from allauth.mfa.base.forms import AuthenticateForm, ReauthenticateForm
 from allauth.mfa.models import Authenticator
@@ -78,6 +79,12 @@ def accept_code(request: Any, user: Any, code: str) -> Authenticator | None:
             logger.error("a second factor of user %s does not open: its pepper is gone", user.pk)
     signing_in.count_failure(request, user, what="second factor")
     return None
+
+
+def spend_first_code(user: Any, code: str) -> None:
+    """The code that enrolled the app of `user` is used by that; whoever saw it typed opens nothing with it."""
+    row = Authenticator.objects.get(user_id=user.pk, type=Authenticator.Type.TOTP)
+    _is_code_of(row, normalize_user_code(code))
 
 
 def _is_code_of(row: Authenticator, code: str) -> bool:

@@ -10,7 +10,9 @@ from typing import Any
 
 from allauth.account.adapter import DefaultAccountAdapter
 from allauth.account.internal.flows.login import get_authentication_records
+from allauth.account.internal.stagekit import clear_login
 from allauth.core import context
+from allauth.core.exceptions import ImmediateHttpResponse
 from axes.handlers.proxy import AxesProxyHandler
 from axes.helpers import get_cool_off, get_credentials
 from django.conf import settings
@@ -18,6 +20,7 @@ from django.contrib.auth import authenticate, get_user_model
 from django.contrib.auth.signals import user_login_failed
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import render
+from django.utils.crypto import salted_hmac
 
 from audit.access import sessions
 from audit.access.records import note, recorded
@@ -25,6 +28,8 @@ from audit.access.records import note, recorded
 logger = logging.getLogger(__name__)
 
 BACKEND = "django.contrib.auth.backends.ModelBackend"
+BEGUN_WITH = "login_begun_with"
+"""In the session of a login that is not done: Django's hash of the password that its user had at the first step."""
 
 
 class Locked(Exception):
@@ -55,6 +60,12 @@ def count_failure(request: Any, user: Any, *, what: str) -> None:
     _record_failure(request, name, what=what)
     if is_locked(request):
         raise Locked
+
+
+def counted_name(request: Any, credentials: Any = None) -> str:
+    """What axes keeps for a user name: guesses at one name are counted, but people type their password into the wrong field."""
+    name = str((credentials or request.POST).get("username") or "")
+    return salted_hmac("counted name", name, algorithm="sha256").hexdigest()
 
 
 def is_locked(request: Any) -> bool:
@@ -95,8 +106,18 @@ class Accounts(DefaultAccountAdapter):  # type: ignore[misc]  # allauth carries 
         """Administrators make users; single sign-on has a rule of its own."""
         return False
 
+    def pre_login(self, request: Any, user: Any, **kwargs: Any) -> Any:
+        request.session[BEGUN_WITH] = user.get_session_auth_hash()
+        return super().pre_login(request, user, **kwargs)
+
     def login(self, request: Any, user: Any) -> None:
-        """Everything asked for was given: a session with a new key, recorded, or none at all."""
+        """Everything asked for was given: a session with a new key, recorded, or none at all.
+
+        A new password ends what was begun with the one before, as it ends sessions.
+        """
+        if request.session.pop(BEGUN_WITH, None) != user.get_session_auth_hash():
+            clear_login(request)
+            raise ImmediateHttpResponse(refused(request, "The password was changed meanwhile. Log in again."))
         methods = [
             str(record.get("type") or record.get("method"))
             for record in get_authentication_records(request, user)

@@ -9,7 +9,7 @@ from allauth.mfa.totp import views as totp
 from allauth.mfa.webauthn import views as passkeys
 from django.urls import path
 
-from audit.access.pages import dressed, log_out, own, own_change, to_login
+from audit.access.pages import EnrolPage, dressed, log_out, own, own_change, to_login
 
 urlpatterns = [
     path("login/", to_login, name="account_login"),
@@ -19,7 +19,7 @@ urlpatterns = [
     path("again/code/", own(base.reauthenticate), name="mfa_reauthenticate"),
     path("again/passkey/", own(passkeys.reauthenticate_webauthn), name="mfa_reauthenticate_webauthn"),
     path("", own(base.index), name="mfa_index"),
-    path("app/add/", own_change(totp.activate_totp), name="mfa_activate_totp"),
+    path("app/add/", own_change(EnrolPage.as_view()), name="mfa_activate_totp"),
     path("app/remove/", own_change(totp.deactivate_totp), name="mfa_deactivate_totp"),
     path("passkeys/", own(passkeys.list_webauthn), name="mfa_list_webauthn"),
     path("passkeys/add/", own_change(passkeys.add_webauthn), name="mfa_add_webauthn"),

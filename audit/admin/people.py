@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from allauth.account.internal.flows.reauthentication import (
+    is_reauthentication_required,
+    raise_if_reauthentication_required,
+)
 from allauth.account.models import EmailAddress
 from allauth.mfa.models import Authenticator
 from allauth.socialaccount.models import SocialAccount, SocialApp, SocialToken
 from django import forms
 from django.contrib import admin, messages
+from django.contrib.admin.utils import unquote
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.contrib.auth.models import Group, User
@@ -24,7 +29,7 @@ from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationFo
 from unfold.widgets import UnfoldAdminCheckboxSelectMultipleWidget
 
 from audit import roles
-from audit.access import second_factor
+from audit.access import second_factor, signing_in
 from audit.access.pages import LoginPage, log_out
 from audit.admin.base import AuditedAdmin
 from audit.admin.door import write
@@ -128,12 +133,18 @@ class PersonAdmin(AuditedAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # D
         return super().render_change_form(request, {**context, "may_reset": may_reset}, *args, **kwargs)
 
     def reset_second_factor_view(self, request: HttpRequest, object_id: str) -> HttpResponseBase:
-        """For somebody who has lost his phone: a question when asked by GET, the deed when sent by POST."""
+        """For somebody who has lost his phone: a question when asked by GET, the deed when sent by POST.
+
+        One's own has pages of its own, and an open session alone takes nobody's: who he is, is asked again.
+        """
         user = self.get_object(request, object_id)
         if not isinstance(user, User):
             raise Http404
+        if user == request.user:
+            return HttpResponseRedirect(reverse("mfa_index"))
         if not self.has_change_permission(request, user):
             raise PermissionDenied
+        raise_if_reauthentication_required(request, app="allauth.mfa")
         if request.method == "POST":
             return write(request, lambda: self._reset(request, user))
         context = {**self.admin_site.each_context(request), "opts": self.opts, "person": user}
@@ -162,9 +173,19 @@ class PersonAdmin(AuditedAdmin, DjangoUserAdmin):  # type: ignore[type-arg]  # D
         return not above and super().has_delete_permission(request, obj)
 
     def user_change_password(self, request: HttpRequest, id: str, form_url: str = "") -> Any:
+        """Somebody else's, for whom who he is was asked again; one's own is changed where the old one is asked for."""
+        user = self.get_object(request, unquote(id))
+        if user == request.user:
+            return HttpResponseRedirect(reverse("admin:password_change"))
+        if not self.has_change_permission(request, user):
+            raise PermissionDenied
         view = super().user_change_password
         if request.method != "POST":
+            raise_if_reauthentication_required(request, app="allauth.mfa")
             return view(request, id, form_url)
+        if is_reauthentication_required(request, app="allauth.mfa"):
+            # It is asked for by GET: allauth would keep a POST in the session until then, with the new password.
+            return HttpResponseRedirect(request.get_full_path())
         return write(request, lambda: view(request, id, form_url))
 
 
@@ -210,9 +231,18 @@ class LastAdministrator(Exception):
 
 
 def own_password(request: HttpRequest) -> HttpResponseBase:
-    """Changing one's own password is a change of a watched row, so it goes through the door as well."""
+    """Changing one's own password is a change of a watched row, so it goes through the door as well.
+
+    The old password is looked at before that, since the form itself would let whoever found an open session guess for ever.
+    """
     if request.method != "POST":
         return admin.site.password_change(request)
+    try:
+        signing_in.check_password(
+            request, username=request.user.get_username(), password=request.POST.get("old_password", "")
+        )
+    except signing_in.Locked:
+        return signing_in.locked_page(request, None, None)
     return write(request, lambda: admin.site.password_change(request))
 
 

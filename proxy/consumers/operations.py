@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,6 +11,7 @@ import orjson
 from django.conf import settings
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from proxy.auth import inside
 from proxy.gateway import Gateway
 from proxy.metrics import registry
 from proxy.watcher import Watcher
@@ -67,11 +67,7 @@ def _may_read(scope: dict[str, Any]) -> bool:
     token = settings.METRICS_TOKEN
     if token and hmac.compare_digest(given, f"Bearer {token}".encode()):
         return True
-    try:
-        address = ipaddress.ip_address((scope.get("client") or ("",))[0])
-    except ValueError:
-        return False
-    return any(address in network for network in settings.METRICS_ALLOWED_NETWORKS)
+    return inside((scope.get("client") or ("",))[0], settings.METRICS_ALLOWED_NETWORKS)
 
 
 async def _answer(send: Send, status: int, body: bytes, kind: bytes = b"application/json") -> None:

@@ -383,6 +383,7 @@ def test_a_person_is_added_given_a_role_and_a_new_password(owner: User) -> None:
     assert as_user(olga).get("/admin/").status_code == 200
     again = new_password(PASSWORD[::-1])
     address = reverse("admin:auth_user_password_change", args=[olga.pk])
+    client.post(reverse("account_reauthenticate"), {"password": "correct horse battery"})
     assert client.post(address, again).status_code == 302
     actions = list(Entry.objects.filter(entity_name="olga", via="admin").values_list("action", flat=True))
     assert actions == ["update_user", "update_user", "add_user"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
+from django.db import connection
 from rest_framework_simplejwt.token_blacklist.models import OutstandingToken
 
 from audit.changes import changes
@@ -131,6 +133,38 @@ def test_revoking_ends_what_a_login_was_renewed_to_and_no_other_login(viewer: Us
 
     assert refreshed(second).status_code == 401
     assert refreshed(other).status_code == 200
+
+
+@pytest.mark.django_db(transaction=True)
+def test_revoking_ends_a_renewal_that_is_on_its_way(viewer: User) -> None:
+    first = tokens()
+    revoked: list[int] = []
+    spent: list[str] = []
+
+    def revoke() -> None:
+        try:
+            answer = anybody().post(f"{V1}/auth/token/revoke", {"refresh": first["refresh"]})
+            revoked.append(answer.status_code)
+        finally:
+            connection.close()
+
+    other = threading.Thread(target=revoke)
+
+    def between(execute: Any, sql: str, *rest: Any) -> Any:
+        if spent and other.ident is None and sql.startswith("SELECT"):
+            other.start()
+            # It can only wait for us; if it did not, it would be done by then.
+            other.join(0.5)
+        if sql.startswith('INSERT INTO "token_blacklist_blacklistedtoken"'):
+            spent.append(sql)
+        return execute(sql, *rest)
+
+    with connection.execute_wrapper(between):
+        second = refreshed(first)
+    other.join()
+
+    assert (second.status_code, revoked) == (200, [204])
+    assert refreshed(second.json()).status_code == 401
 
 
 def test_a_changed_password_ends_refresh_tokens(viewer: User) -> None:

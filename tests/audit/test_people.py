@@ -24,6 +24,7 @@ from tests.support.codes import enrol
 pytestmark = pytest.mark.django_db
 PEOPLE = "/admin/auth/user/"
 GROUPS = "/admin/auth/group/"
+AGAIN = "/admin/account/again/"
 
 
 @pytest.fixture
@@ -35,6 +36,13 @@ def as_(user: User) -> Client:
     django_settings.STATIC_ROOT.mkdir(parents=True, exist_ok=True)
     client = Client()
     client.force_login(user)
+    return client
+
+
+def as_asked_again(user: User) -> Client:
+    """Somebody who has just given his password once more."""
+    client = as_(user)
+    client.post(AGAIN, {"password": "correct horse battery"})
     return client
 
 
@@ -140,7 +148,7 @@ def test_an_administrator_removes_the_second_factor_of_somebody_who_lost_it(
     boss: User, operator: User
 ) -> None:
     enrol(operator)
-    client = as_(boss)
+    client = as_asked_again(boss)
     page = f"{PEOPLE}{operator.pk}/reset-second-factor/"
     assert "reset-second-factor" in client.get(f"{PEOPLE}{operator.pk}/change/").content.decode()
 
@@ -159,6 +167,49 @@ def test_nobody_else_does(operator: User, viewer: User, boss: User, owner: User)
     assert as_(operator).post(f"{PEOPLE}{viewer.pk}/reset-second-factor/").status_code == 403
     assert as_(boss).post(f"{PEOPLE}{owner.pk}/reset-second-factor/").status_code == 403
     assert Authenticator.objects.count() == 4
+
+
+@pytest.mark.parametrize("pages", ["reset-second-factor", "password"])
+def test_ones_own_has_pages_of_its_own(boss: User, pages: str) -> None:
+    enrol(boss)
+    client, new = as_asked_again(boss), "a rather long phrase"
+    form = {"usable_password": "true", "password1": new, "password2": new}
+
+    for written in (f"{boss.pk}", f"0{boss.pk}"):
+        assert client.get(f"{PEOPLE}{written}/{pages}/").status_code == 302
+        assert client.post(f"{PEOPLE}{written}/{pages}/", form).status_code == 302
+
+    assert Authenticator.objects.filter(user=boss).count() == 2
+    assert stored(boss).check_password("correct horse battery")
+
+
+def test_an_open_session_alone_takes_nobodys_second_factor(boss: User, operator: User) -> None:
+    enrol(operator)
+    client, page = as_(boss), f"{PEOPLE}{operator.pk}/reset-second-factor/"
+
+    assert client.get(page)["Location"].startswith(AGAIN)
+    asked = client.post(page)["Location"]
+    assert asked.startswith(AGAIN)
+    assert Authenticator.objects.count() == 2
+    client.post(asked, {"password": "correct horse battery"})
+    assert not Authenticator.objects.exists()
+
+
+def test_an_open_session_alone_changes_nobodys_password_and_keeps_no_new_one(
+    boss: User, operator: User
+) -> None:
+    client, page, new = as_(boss), f"{PEOPLE}{operator.pk}/password/", "a rather long phrase"
+    form = {"usable_password": "true", "password1": new, "password2": new}
+
+    assert client.post(page, form)["Location"] == page
+    assert client.get(page)["Location"].startswith(AGAIN)
+
+    assert new not in repr(dict(client.session))
+    assert stored(operator).check_password("correct horse battery")
+    client.post(AGAIN, {"password": "correct horse battery"})
+    assert client.get(page).status_code == 200
+    client.post(page, form)
+    assert stored(operator).check_password(new)
 
 
 def test_a_second_factor_comes_and_goes_on_the_record_or_not_at_all(operator: User) -> None:

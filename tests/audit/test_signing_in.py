@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import time_machine
+from axes.models import AccessAttempt
 from django.conf import settings as django_settings
 from django.contrib.auth.models import User
 from django.db import DatabaseError, connection
@@ -103,7 +104,8 @@ def test_a_wrong_password_is_recorded_and_an_unknown_name_is_not_kept(client: Cl
     known, unknown = sorted(entries("fail_login"), key=lambda entry: entry.seq)
     assert (known.entity_name, known.username) == ("operator", "")
     assert unknown.entity_name == ""
-    assert "my-secret-password" not in repr(list(Entry.objects.values()))
+    kept = [*Entry.objects.values(), *AccessAttempt.objects.values()]
+    assert "my-secret-password" not in repr(kept)
 
 
 @pytest.mark.parametrize("by", ["name", "address"])
@@ -153,6 +155,25 @@ def test_r18_a_good_login_between_guesses_takes_none_back(
     assert log_in(client, "operator").status_code == 302
 
     assert log_in(Client(), "owner", "wrong").status_code == 429
+
+
+def test_r18_guesses_at_the_old_password_count_like_others(client: Client, operator: User) -> None:
+    log_in(client)
+    new = {"new_password1": "battery staple correct", "new_password2": "battery staple correct"}
+
+    def change(old: str) -> int:
+        return client.post("/admin/password_change/", {"old_password": old, **new}).status_code
+
+    statuses = [change(f"guess {number}") for number in range(10)]
+
+    assert statuses == [200] * 9 + [429]
+    assert change(PASSWORD) == 429
+    assert log_in(Client()).status_code == 429
+    assert User.objects.get(pk=operator.pk).check_password(PASSWORD)
+    assert [entry.entity_name for entry in entries("fail_login")] == ["operator"] * 9
+    assert len(entries("lock_login")) == 1
+    kept = repr(list(AccessAttempt.objects.values()))
+    assert "guess" not in kept and "staple" not in kept
 
 
 def test_without_a_record_there_is_no_session(client: Client, operator: User) -> None:
@@ -283,6 +304,26 @@ def test_a_code_opens_once(client: Client, operator: User) -> None:
         assert inside(other)
 
 
+@pytest.mark.parametrize("between", ["", " ", "-"])
+def test_the_code_that_enrols_an_app_opens_nothing_more(client: Client, operator: User, between: str) -> None:
+    other = Client()
+    with time_machine.travel(timezone.now(), tick=False) as clock:
+        log_in(client)
+        client.post("/admin/account/again/", {"password": PASSWORD})
+        client.get("/admin/account/app/add/")
+        secret = client.session["mfa.totp.secret"]
+        code = code_of(secret)
+        typed = f"{code[:3]}{between}{code[3:]}"
+        assert client.post("/admin/account/app/add/", {"code": typed}).status_code == 302
+
+        log_in(other)
+        other.post(CODE, {"code": code})
+        assert not inside(other)
+        clock.shift(30)
+        other.post(CODE, {"code": code_of(secret)})
+        assert inside(other)
+
+
 def test_a_recovery_code_opens_once(client: Client, operator: User) -> None:
     _, codes = enrol(operator)
     for browser, expected in ((client, True), (Client(), False)):
@@ -296,6 +337,22 @@ def test_without_the_password_there_is_no_second_step(client: Client, operator: 
 
     assert client.post(CODE, {"code": code_of(secret)})["Location"] == "/admin/account/login/"
     assert not inside(client)
+
+
+def test_a_new_password_ends_a_login_that_waits_for_its_code(client: Client, operator: User) -> None:
+    secret, codes = enrol(operator)
+    log_in(client)
+    with changes(actor=None, via="system"):
+        operator.set_password("battery staple correct")
+        operator.save()
+
+    assert client.post(CODE, {"code": code_of(secret)}).status_code == 403
+
+    assert not inside(client)
+    assert client.post(CODE, {"code": codes[0]})["Location"] == "/admin/account/login/"
+    log_in(client, password="battery staple correct")
+    client.post(CODE, {"code": codes[0]})
+    assert inside(client)
 
 
 def test_what_is_stored_of_a_second_factor_opens_only_with_the_pepper(operator: User, settings: Any) -> None:

@@ -344,8 +344,10 @@ def test_a_token_is_believed_only_when_it_is_for_us_and_for_this_login() -> None
         openid_config = {"issuer": "https://login.example.com", "jwks_uri": "https://login.example.com/keys"}
 
     class Answers(sso.IssuerSession):
+        keys: Any = {"keys": [published]}
+
         def get(self, url: str, headers: Any = None) -> httpx.Response:
-            return httpx.Response(200, json={"keys": [published]}, request=httpx.Request("GET", url))
+            return httpx.Response(200, content=json.dumps(self.keys), request=httpx.Request("GET", url))
 
     def verified(
         claims: dict[str, Any], *, by: Any = key, algorithm: str = "RS256", kid: str = "1"
@@ -381,6 +383,19 @@ def test_a_token_is_believed_only_when_it_is_for_us_and_for_this_login() -> None
                 verified(good, **options)
         with pytest.raises(OAuth2Error):
             verified(good, by=None, algorithm="none")
+        for nonsense in (
+            [],
+            [published],
+            {},
+            {"keys": "x"},
+            {"keys": ["x"]},
+            {"keys": [[published]]},
+            None,
+            1,
+        ):
+            patch.setattr(Answers, "keys", nonsense)
+            with pytest.raises(OAuth2Error):
+                verified(good)
 
 
 @pytest.mark.parametrize(
@@ -445,6 +460,22 @@ def test_check_names_a_wrong_setting(provider: Provider, change: dict[str, str],
 
     assert f"{named}: " in str(told.value)
     assert "a client secret" not in str(told.value)
+
+
+@pytest.mark.parametrize("answer", [[], "x", None, {"issuer": []}])
+def test_an_issuer_that_answers_nonsense_lets_nobody_in_and_breaks_nothing(
+    client: Any, db: None, settings: Any, monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    class Answers(sso.IssuerSession):
+        def get(self, url: str, headers: Any = None) -> httpx.Response:
+            return httpx.Response(200, content=json.dumps(answer), request=httpx.Request("GET", url))
+
+    issuer = "https://login.example.com"
+    app = {"provider_id": issuer, "client_id": "penstock", "secret": "x", "settings": {"server_url": issuer}}
+    settings.OIDC_ISSUER, settings.SOCIALACCOUNT_PROVIDERS = issuer, {"openid_connect": {"APPS": [app]}}
+    monkeypatch.setattr(sso, "IssuerSession", Answers)
+
+    assert client.post("/admin/account/sign-on/").status_code == 502
 
 
 def test_without_an_issuer_there_is_no_single_sign_on(client: Any, db: None) -> None:

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from proxy import keys
+from proxy.cors import ACCEPTED, MOST_ASKED, preflight
 from tests.support.inprocess import House
 from tests.support.upstream import Upstream
 
@@ -337,6 +338,41 @@ def test_a_preflight_is_answered_without_a_key(pair: House, settings: Any) -> No
     response = httpx.options(f"{pair.url}/v1/chat/completions", headers=headers)
     assert response.status_code == 204
     assert "authorization" in response.headers["access-control-allow-headers"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "authorization,x-stainless-lang,x-stainless-os",
+        "api-key",
+        "x-goog-api-key",
+        "Anthropic-Version, x-api-key",
+    ],
+)
+def test_a_page_may_send_the_headers_that_its_sdk_sends(pair: House, settings: Any, names: str) -> None:
+    settings.ALLOWED_ORIGINS = ["https://app.example.com"]
+    asked = {"Origin": "https://app.example.com", "Access-Control-Request-Headers": names}
+
+    response = httpx.options(f"{pair.url}/v1/chat/completions", headers=asked)
+
+    allowed = response.headers["access-control-allow-headers"].split(", ")
+    assert {name.strip().lower() for name in names.split(",")} < set(allowed)
+    assert len(allowed) == len(set(allowed))
+    assert response.headers["vary"] == "Access-Control-Request-Headers, Origin"
+    stranger = httpx.options(
+        f"{pair.url}/v1/chat/completions", headers={**asked, "Origin": "https://evil.com"}
+    )
+    assert "access-control-allow-headers" not in stranger.headers
+
+
+def test_what_is_no_name_of_a_header_is_not_allowed_to_a_page(settings: Any) -> None:
+    settings.ALLOWED_ORIGINS = ["https://app.example.com"]
+    names = b", ".join([b"*", b"x y", b"", b"x" * 65, b"\xff", *(b"x-%d" % number for number in range(70))])
+    asked = [(b"origin", b"https://app.example.com"), (b"access-control-request-headers", names)]
+
+    allowed = dict(preflight({"headers": asked}))[b"access-control-allow-headers"].split(b", ")
+
+    assert allowed == [*ACCEPTED, *(b"x-%d" % number for number in range(MOST_ASKED - 5))]
 
 
 def test_a_well_formed_request_id_is_kept_and_another_is_replaced(pair: House) -> None:

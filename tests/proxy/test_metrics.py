@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import threading
+from typing import Any, cast
+
+import pytest
 
 from providers.wire import Usage
 from proxy import metrics
+from proxy.consumers import operations
+from proxy.gateway import Gateway
 
 
 def told(name: str, **labels: str) -> float:
@@ -38,3 +43,28 @@ def test_several_who_count_at_once_count_each_attempt_once() -> None:
     for thread in threads:
         thread.join()
     assert told("attempts_total", provider="raced", status="success") == 5000
+
+
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("::1", 200),
+        ("::ffff:127.0.0.1", 200),
+        ("10.0.0.1", 404),
+        ("::ffff:10.0.0.1", 404),
+        (None, 404),
+    ],
+)
+async def test_they_are_told_to_neighbours_however_their_address_is_written(
+    address: str | None, status: int
+) -> None:
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope: dict[str, Any] = {"headers": [], "client": (address, 5000) if address else None}
+    await operations.metrics(cast(Gateway, None), scope, send)
+
+    assert sent[0]["status"] == status
