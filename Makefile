@@ -17,7 +17,7 @@ UV_COMPILE = $(VENV)-lock/bin/uv pip compile --quiet --universal --python-versio
 # Compiled once: a machine whose environment forbids that would do it again in every process.
 PYTEST := PYTHONDONTWRITEBYTECODE= ENV_FILE=/dev/null $(BIN)/python -m pytest
 # Many tests wait most of their time, for processes, deadlines and browsers; more than this would disturb those that measure time.
-TEST_PROCESSES ?= 4
+TEST_PROCESSES ?= 3
 PYTEST_MANY := $(PYTEST) -n $(TEST_PROCESSES) --dist loadgroup
 # For example --quick; docs/benchmarks.md has all.
 BENCH_OPTIONS ?=

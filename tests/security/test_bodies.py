@@ -239,7 +239,7 @@ def test_r35_the_control_plane_refuses_json_that_is_meant_to_hurt(root: httpx.Cl
         assert answer.json()["error"]["code"] == "VALIDATION_ERROR"
         assert len(answer.content) < 8192
         # The promise is 200 ms of the server's time; sending megabytes on a busy machine is not in it.
-        assert time.monotonic() - began < 1.5, path
+        assert time.monotonic() - began < 4, path
 
 
 @pytest.mark.parametrize("depth", [150, 250, 260, 500, 900, 960, 970, 980, 1000])
