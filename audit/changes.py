@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from ipaddress import ip_address
 from typing import Any, Literal
 
 from django.contrib.auth.base_user import AbstractBaseUser
@@ -15,6 +14,7 @@ from django.db import DatabaseError, models, transaction
 from django.utils import timezone
 
 from audit import chain
+from audit.addresses import peer_address
 from audit.diff import difference
 from audit.models import Entry, Head
 from audit.request_ids import REQUEST_ID
@@ -191,8 +191,5 @@ def record(row: models.Model, *, verb: str, before: dict[str, Any], after: dict[
 
 def _in_one_form(address: str | None) -> str | None:
     """An address as every database gives it back, since it is hashed; None for what is none, which a proxy may tell."""
-    try:
-        found = ip_address((address or "").partition("%")[0])
-    except ValueError:
-        return None
-    return str(getattr(found, "ipv4_mapped", None) or found)
+    found = peer_address(address or "")
+    return None if found is None else str(found)

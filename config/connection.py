@@ -113,9 +113,11 @@ class Exchange(RequestResponseCycle):
         elif not self.keep_alive:
             lines += b"connection: close\r\n"
         if self.chunked_encoding is None and self.scope["method"] != "HEAD" and status not in WITHOUT_BODY:
-            self._until_closed = self.scope["http_version"] == "1.0"
-            self.chunked_encoding = not self._until_closed
-            lines += b"transfer-encoding: chunked\r\n" * self.chunked_encoding
+            if self.scope["http_version"] == "1.0":
+                self._until_closed = True
+            else:
+                self.chunked_encoding = True
+                lines += b"transfer-encoding: chunked\r\n"
         self.transport.write(b"%b%b\r\n" % (STATUS_LINE[status], lines))
 
     def _send_body(self, body: bytes, more_body: bool) -> None:

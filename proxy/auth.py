@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from audit.addresses import peer_address
 from providers.wire import Quota
 from proxy import keys
 from proxy.errors import AddressNotAllowed, InvalidApiKey
@@ -163,9 +164,5 @@ def check_address(caller: Caller, address: str) -> None:
 @lru_cache(maxsize=4096)
 def inside(address: str, networks: tuple[Network, ...]) -> bool:
     """Whether a peer's address is in one of the networks; IPv4 within IPv6 is IPv4, and what is no address is nowhere."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = getattr(ip, "ipv4_mapped", None)
-    return any((mapped or ip) in network for network in networks if network.version == (mapped or ip).version)
+    ip = peer_address(address)
+    return ip is not None and any(ip in network for network in networks if network.version == ip.version)
